@@ -1,0 +1,1 @@
+"""Ray Serve: engine replicas, the OpenAI ingress and the router."""
