@@ -1,0 +1,542 @@
+"""Two-level page allocator (JENGA, SOSP'25, section 4).
+
+The buffer is cut into *large pages* of one size.  A large page belongs to at most one *group* (layer type) at
+a time, which cuts it into ``ratio`` *small pages* of exactly its own size.  Small page ``s`` of a group lies in
+large page ``s // ratio``, so kernels address it with a constant stride and need not know any of this.
+
+A small page is *free*, *live* (some request needs it) or *cached* (no request needs it, its contents can
+still serve a prefix hit).  A large page without live pages is *available*: free outright, or *evictable* if
+something in it is cached.
+
+Where a small page comes from, in this order:
+
+1. requests for at least ``ratio`` pages at once take whole free large pages: these are filled by one request and
+   come back whole when it ends.  Everything smaller shares (measured on vLLM: at 130 small pages per
+   large one, private large pages cost as much as stock's inflated blocks);
+2. a free slot of a partly live large page, the fullest first, so that emptier ones drain and come free;
+3. a free large page;
+4. a free slot of an evictable large page of the same group;
+5. eviction: the older of (the least recently used cached page inside a partly live large page of the group) and
+   (the evictable large page whose newest page is oldest, of any group: balanced eviction, since what one
+   layer type keeps beyond the others' age cannot be hit).
+
+Every operation is O(1) per small page asked; nothing scans the pool.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class PageState(IntEnum):
+    """State of a small page."""
+
+    FREE = 0
+    LIVE = 1
+    CACHED = 2
+
+
+class PageError(Exception):
+    """An operation names a page that is not in the state it assumes; nothing was changed."""
+
+
+class OutOfPagesError(Exception):
+    """The pages asked for are not there; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class GroupUsage:
+    """Small pages of one group by state.  The four add up to ``ratio`` times its `large_pages`."""
+
+    large_pages: int
+    live: int
+    cached: int
+    stranded: int
+    """Free slots of large pages that hold live or cached pages: only this group can use them."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """State of the pool: `free` + `reserved` + the groups' large pages are all its large pages."""
+
+    large_pages: int
+    reserved: int
+    free: int
+    evictable: int
+    """Large pages without live pages (a part of the groups' large pages)."""
+    groups: tuple[GroupUsage, ...]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Totals since start."""
+
+    evicted_pages: tuple[int, ...]
+    """Cached small pages that lost their contents, by group."""
+    evicted_large_pages: int
+    whole_page_grants: int
+    """Large pages granted whole to one request (step 1)."""
+
+
+EvictCallback = Callable[[int, int], None]
+_UNOWNED = -1
+_RESERVED = -2
+
+
+class _Group:
+    """Bookkeeping of one group; indices of the per-large-page tables are large page numbers."""
+
+    __slots__ = (
+        "cached_pages",
+        "evicted",
+        "live_pages",
+        "mask",
+        "mixed",
+        "open_slots",
+        "owned",
+        "partial",
+        "ratio",
+        "state",
+    )
+
+    def __init__(self, ratio: int, large_pages: int) -> None:
+        self.ratio = ratio
+        self.state = bytearray(large_pages * ratio)
+        # partial[n]: large pages with n live pages and at least one free slot; bit n of mask: partial[n] is
+        # not empty.  So the fullest one is found without a search.
+        self.partial: list[dict[int, None]] = [{} for _ in range(ratio + 1)]
+        self.mask = 0
+        # Partly live large pages with something cached, least recently used first.
+        self.mixed: OrderedDict[int, None] = OrderedDict()
+        self.open_slots = 0  # small pages, free or cached, of partly live large pages
+        self.owned = 0
+        self.live_pages = 0
+        self.cached_pages = 0
+        self.evicted = 0
+
+
+class TwoLevelAllocator:
+    """Grants, keeps and evicts small pages.
+
+    `large_pages` counts all of them, the first `reserved` included, which are never granted (engines use page 0
+    as the null page).  ``ratios[g]`` is the number of small pages of group ``g`` in a large page.  `on_evict(group,
+    page)` is called whenever a cached page loses its contents to another use.
+
+    Raises:
+        ValueError: no page is left to grant, or a ratio below 1.
+    """
+
+    def __init__(
+        self,
+        large_pages: int,
+        ratios: Sequence[int],
+        *,
+        reserved: int = 1,
+        on_evict: EvictCallback | None = None,
+    ) -> None:
+        if not ratios or min(ratios) < 1:
+            raise ValueError(f"ratios must name at least one group, each at least 1: {list(ratios)}")
+        if large_pages <= reserved:
+            raise ValueError(f"{large_pages} large pages, {reserved} of them reserved: none is left to grant")
+        self.large_pages = large_pages
+        self.reserved = reserved
+        self.ratios = tuple(ratios)
+        self._on_evict = on_evict
+        self._groups = [_Group(r, large_pages) for r in ratios]
+        self._owner = [_RESERVED] * reserved + [_UNOWNED] * (large_pages - reserved)
+        self._live = [0] * large_pages
+        # Per large page: its free slots (a stack) and its cached pages with the time each fell out of use.
+        self._slots: list[list[int]] = [[] for _ in range(large_pages)]
+        self._cached: list[dict[int, int]] = [{} for _ in range(large_pages)]
+        self._free = list(range(large_pages - 1, reserved - 1, -1))
+        # Evictable large pages, with the time the newest of their pages fell out of use; oldest first.
+        self._evictable: OrderedDict[int, int] = OrderedDict()
+        self._expected = [0] * len(ratios)
+        self._clock = 0
+        self._evicted_large = 0
+        self._whole_grants = 0
+
+    # -- questions ------------------------------------------------------------------------------------------
+
+    @property
+    def available(self) -> int:
+        """Large pages that hold nothing live."""
+        return len(self._free) + len(self._evictable)
+
+    def state(self, group: int, page: int) -> PageState:
+        """State of a small page.
+
+        Raises:
+            PageError: the group has no such page.
+        """
+        self._check(group, page)
+        return PageState(self._groups[group].state[page])
+
+    def large_pages_needed(self, pages: Sequence[int], pins: Sequence[Iterable[int]] = ()) -> int:
+        """Large pages that granting ``pages[g]`` small pages to every group would take from `available`.
+
+        `pins[g]` are pages that the same request will hold through prefix hits; cached ones leave the evictable
+        pool first.  The request fits if and only if the answer is at most `available`.  No side effects.
+        """
+        needed = 0
+        for g, group in enumerate(self._groups):
+            ratio = group.ratio
+            slots = group.open_slots
+            if pins:
+                pinned: set[int] = set()
+                for page in pins[g]:
+                    if group.state[page] == PageState.CACHED:
+                        slots -= 1
+                        if not self._live[page // ratio]:
+                            pinned.add(page // ratio)
+                needed += len(pinned)
+                slots += len(pinned) * ratio
+            short = pages[g] - slots
+            if short > 0:
+                needed += -(-short // ratio)
+        return needed
+
+    def fits(self, pages: Sequence[int], pins: Sequence[Iterable[int]] = ()) -> bool:
+        """Whether a request for these pages, holding these hits, can be granted now."""
+        return self.large_pages_needed(pages, pins) <= self.available
+
+    # -- operations -----------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Advance the logical clock: pages released from now on are younger than those before."""
+        self._clock += 1
+
+    def expect(self, pages: Sequence[int]) -> None:
+        """Announce what the current request will still ask of each group.
+
+        Until `allocate` has granted that much, no group takes a large page that another one's share needs,
+        so a request that fits is granted in full, whatever the order of its calls.  Replaces the last one.
+        """
+        self._expected = list(pages)
+
+    def allocate(self, group: int, count: int) -> list[int]:
+        """Grant `count` small pages of `group`; they become live.
+
+        Raises:
+            OutOfPagesError: they are not there.
+        """
+        g = self._groups[group]
+        short = count - g.open_slots
+        if short > 0 and -(-short // g.ratio) > self._spare(group):
+            raise OutOfPagesError(
+                f"group {group} asks for {count} small pages: {g.open_slots} slots are open, and {self._spare(group)} "
+                f"large pages of {g.ratio} are available to it ({self.available} less what other groups expect)"
+            )
+        pages: list[int] = []
+        left = count
+        while left >= g.ratio and self._free and self._spare(group) > 0:
+            pages.extend(self._grant_whole(group, g))
+            left -= g.ratio
+        for _ in range(left):
+            pages.append(self._grant_one(group, g))
+        self._expected[group] = max(0, self._expected[group] - count)
+        return pages
+
+    def release(self, group: int, page: int, keep: bool) -> None:
+        """A live page is no longer needed; `keep` says whether its contents can serve a hit.
+
+        Raises:
+            PageError: it is not live (a double free, a page of nobody).
+        """
+        g = self._groups[group]
+        self._require(group, page, PageState.LIVE)
+        large = page // g.ratio
+        live = self._live[large]
+        had_slot = bool(self._slots[large])
+        if keep:
+            g.state[page] = PageState.CACHED
+            g.cached_pages += 1
+            self._cached[large][page] = self._clock
+        else:
+            g.state[page] = PageState.FREE
+            self._slots[large].append(page)
+        g.live_pages -= 1
+        self._live[large] = live - 1
+        self._rebucket(g, large, live if had_slot else None)
+        if live > 1:
+            g.open_slots += 1
+            if keep:
+                g.mixed.setdefault(large)
+        else:
+            g.open_slots -= g.ratio - 1
+            g.mixed.pop(large, None)
+            if self._cached[large]:
+                self._evictable[large] = self._clock
+            else:
+                self._return_large(g, large)
+
+    def revive(self, group: int, page: int) -> None:
+        """A cached page is needed again (a prefix hit): it becomes live.
+
+        Raises:
+            PageError: it is not cached.
+        """
+        g = self._groups[group]
+        self._require(group, page, PageState.CACHED)
+        large = page // g.ratio
+        del self._cached[large][page]
+        g.cached_pages -= 1
+        g.state[page] = PageState.LIVE
+        g.live_pages += 1
+        live = self._live[large]
+        if live:
+            g.open_slots -= 1
+            if not self._cached[large]:
+                g.mixed.pop(large, None)
+        else:
+            del self._evictable[large]
+            g.open_slots += g.ratio - 1
+            if self._cached[large]:
+                g.mixed[large] = None
+        self._live[large] = live + 1
+        self._rebucket(g, large, live if self._slots[large] else None)
+
+    def forget(self, group: int, page: int) -> None:
+        """A cached page's contents are worthless now: it becomes free.  `on_evict` is not called.
+
+        Raises:
+            PageError: it is not cached.
+        """
+        g = self._groups[group]
+        self._require(group, page, PageState.CACHED)
+        large = page // g.ratio
+        live = self._live[large]
+        had_slot = bool(self._slots[large])
+        self._drop_cached(g, large, page)
+        if not live and not self._cached[large]:
+            if had_slot:
+                self._unbucket(g, large, 0)
+            del self._evictable[large]
+            self._return_large(g, large)
+        elif not had_slot:
+            self._bucket(g, large, live)
+
+    # -- reports --------------------------------------------------------------------------------------------
+
+    def usage(self) -> Usage:
+        """Pages by state, O(groups)."""
+        return Usage(
+            large_pages=self.large_pages,
+            reserved=self.reserved,
+            free=len(self._free),
+            evictable=len(self._evictable),
+            groups=tuple(
+                GroupUsage(
+                    large_pages=g.owned,
+                    live=g.live_pages,
+                    cached=g.cached_pages,
+                    stranded=g.owned * g.ratio - g.live_pages - g.cached_pages,
+                )
+                for g in self._groups
+            ),
+        )
+
+    def counters(self) -> Counters:
+        """Totals since start."""
+        return Counters(
+            evicted_pages=tuple(g.evicted for g in self._groups),
+            evicted_large_pages=self._evicted_large,
+            whole_page_grants=self._whole_grants,
+        )
+
+    def owner(self, large: int) -> int | None:
+        """Group that owns a large page, None if it is free or reserved."""
+        return None if self._owner[large] < 0 else self._owner[large]
+
+    def check(self) -> None:
+        """Recount everything from the page states and compare (debugging: O(pages)).
+
+        Raises:
+            AssertionError: the books do not balance; the message says which.
+        """
+        free = set(self._free)
+        assert len(free) == len(self._free), "a large page is twice in the free list"
+        for index, g in enumerate(self._groups):
+            owned = [p for p, o in enumerate(self._owner) if o == index]
+            assert g.owned == len(owned), f"group {index}: {g.owned} large pages booked, {len(owned)} owned"
+            totals = [0, 0, 0]
+            open_slots = 0
+            for large in range(self.large_pages):
+                states = g.state[large * g.ratio : (large + 1) * g.ratio]
+                if self._owner[large] != index:
+                    assert not any(states), f"group {index} has pages in large page {large} of {self._owner[large]}"
+                    continue
+                live, cached = states.count(PageState.LIVE), states.count(PageState.CACHED)
+                totals[1] += live
+                totals[2] += cached
+                assert live + cached > 0, f"large page {large} is empty but owned by group {index}"
+                assert large not in free, f"large page {large} is owned and free"
+                assert live == self._live[large], f"large page {large}: live {self._live[large]}, counted {live}"
+                assert cached == len(self._cached[large]), f"large page {large}: cached pages differ"
+                slots = self._slots[large]
+                assert len(set(slots)) == len(slots) == g.ratio - live - cached, f"large page {large}: slots differ"
+                assert all(g.state[s] == PageState.FREE for s in slots), f"large page {large}: slot not free"
+                assert (large in self._evictable) == (live == 0), f"large page {large}: evictable is wrong"
+                assert (large in g.mixed) == (live > 0 and cached > 0), f"large page {large}: mixed is wrong"
+                buckets = [n for n, bucket in enumerate(g.partial) if large in bucket]
+                assert buckets == ([live] if slots else []), f"large page {large}: in buckets {buckets}"
+                if live:
+                    open_slots += g.ratio - live
+            assert totals[1:] == [g.live_pages, g.cached_pages], f"group {index}: totals differ"
+            assert open_slots == g.open_slots, f"group {index}: open slots {g.open_slots}, counted {open_slots}"
+            assert g.mask == sum(1 << n for n, bucket in enumerate(g.partial) if bucket), f"group {index}: mask"
+        owned_total = sum(g.owned for g in self._groups)
+        assert owned_total + len(free) + self.reserved == self.large_pages, "large pages lost or doubled"
+        stamps = list(self._evictable.values())
+        assert stamps == sorted(stamps), "evictable large pages are out of order"
+
+    # -- internals ------------------------------------------------------------------------------------------
+
+    def _check(self, group: int, page: int) -> None:
+        if not 0 <= group < len(self._groups):
+            raise PageError(f"there is no group {group}; groups are 0 to {len(self._groups) - 1}")
+        if not 0 <= page < len(self._groups[group].state):
+            raise PageError(f"group {group} has no small page {page}; it has {len(self._groups[group].state)}")
+
+    def _require(self, group: int, page: int, wanted: PageState) -> None:
+        if 0 <= page < len(self._groups[group].state) and self._groups[group].state[page] == wanted:
+            return
+        found = self.state(group, page)
+        raise PageError(f"small page {page} of group {group} is {found.name.lower()}, not {wanted.name.lower()}")
+
+    def _spare(self, group: int) -> int:
+        """Large pages that `group` may take and still leave the others what they expect."""
+        spare = self.available
+        for h, expected in enumerate(self._expected):
+            if expected and h != group:
+                short = expected - self._groups[h].open_slots
+                if short > 0:
+                    spare -= -(-short // self._groups[h].ratio)
+        return spare
+
+    def _bucket(self, g: _Group, large: int, live: int) -> None:
+        g.partial[live][large] = None
+        g.mask |= 1 << live
+
+    def _unbucket(self, g: _Group, large: int, live: int) -> None:
+        bucket = g.partial[live]
+        del bucket[large]
+        if not bucket:
+            g.mask &= ~(1 << live)
+
+    def _rebucket(self, g: _Group, large: int, before: int | None) -> None:
+        """Large page changed its live count or slots; `before` is the bucket it was in, if any."""
+        if before is not None:
+            self._unbucket(g, large, before)
+        if self._slots[large]:
+            self._bucket(g, large, self._live[large])
+
+    def _drop_cached(self, g: _Group, large: int, page: int) -> None:
+        del self._cached[large][page]
+        g.state[page] = PageState.FREE
+        g.cached_pages -= 1
+        self._slots[large].append(page)
+        if not self._cached[large]:
+            g.mixed.pop(large, None)
+
+    def _return_large(self, g: _Group, large: int) -> None:
+        """An owned large page without live or cached pages goes back to the free list."""
+        if self._slots[large]:
+            g.partial[0].pop(large, None)
+            if not g.partial[0]:
+                g.mask &= ~1
+        self._slots[large] = []
+        self._owner[large] = _UNOWNED
+        g.owned -= 1
+        self._free.append(large)
+
+    def _evict_large(self, large: int) -> None:
+        """Empty an evictable large page and put it on the free list."""
+        index = self._owner[large]
+        g = self._groups[index]
+        cached = self._cached[large]
+        for page in cached:
+            g.state[page] = PageState.FREE
+            if self._on_evict is not None:
+                self._on_evict(index, page)
+        g.cached_pages -= len(cached)
+        g.evicted += len(cached)
+        self._cached[large] = {}
+        del self._evictable[large]
+        self._evicted_large += 1
+        self._return_large(g, large)
+
+    def _own(self, index: int, g: _Group) -> int:
+        large = self._free.pop()
+        self._owner[large] = index
+        g.owned += 1
+        return large
+
+    def _grant_whole(self, index: int, g: _Group) -> range:
+        large = self._own(index, g)
+        pages = range(large * g.ratio, (large + 1) * g.ratio)
+        g.state[pages.start : pages.stop] = bytes([PageState.LIVE]) * g.ratio
+        g.live_pages += g.ratio
+        self._live[large] = g.ratio
+        self._whole_grants += 1
+        return pages
+
+    def _grant_one(self, index: int, g: _Group) -> int:
+        shared = g.mask & ~1
+        if shared:  # fullest first
+            return self._take_slot(g, next(iter(g.partial[shared.bit_length() - 1])))
+        if self._spare(index) > 0:
+            if self._free:
+                return self._take_slot(g, self._carve(index, g))
+            if g.mask:  # a free slot in an evictable page of the group: nothing need be evicted
+                return self._take_slot(g, next(iter(g.partial[0])))
+            oldest, stamp = next(iter(self._evictable.items()))
+            if not g.mixed or self._oldest_cached(g) > stamp:
+                if self._owner[oldest] == index:  # its other pages can stay cached
+                    return self._reuse_cached(index, g, oldest)
+                self._evict_large(oldest)
+                return self._take_slot(g, self._carve(index, g))
+        return self._reuse_cached(index, g, next(iter(g.mixed)))
+
+    def _carve(self, index: int, g: _Group) -> int:
+        large = self._own(index, g)
+        first = large * g.ratio
+        self._slots[large] = list(range(first + g.ratio - 1, first - 1, -1))
+        self._bucket(g, large, 0)
+        return large
+
+    def _take_slot(self, g: _Group, large: int) -> int:
+        live = self._live[large]
+        self._unbucket(g, large, live)
+        page = self._slots[large].pop()
+        g.state[page] = PageState.LIVE
+        g.live_pages += 1
+        self._live[large] = live + 1
+        if live:
+            g.open_slots -= 1
+        else:
+            g.open_slots += g.ratio - 1
+            if self._evictable.pop(large, None) is not None and self._cached[large]:
+                g.mixed[large] = None
+                g.mixed.move_to_end(large, last=False)  # what it caches was next to be evicted, and stays so
+        if self._slots[large]:
+            self._bucket(g, large, live + 1)
+        return page
+
+    def _oldest_cached(self, g: _Group) -> int:
+        cached = self._cached[next(iter(g.mixed))]
+        return next(iter(cached.values()))
+
+    def _reuse_cached(self, index: int, g: _Group, large: int) -> int:
+        """Evict the least recently used cached page of an owned large page and grant its place."""
+        page = next(iter(self._cached[large]))
+        self._drop_cached(g, large, page)
+        g.evicted += 1
+        if self._on_evict is not None:
+            self._on_evict(index, page)
+        if len(self._slots[large]) == 1:
+            self._bucket(g, large, self._live[large])
+        return self._take_slot(g, large)
