@@ -1,0 +1,36 @@
+# The few commands of this repository; `make help` lists them.  Settings: PYTHON, FLAVOUR (cpu or gpu), CONFIG.
+SHELL := /bin/sh
+CONFIG ?= configs/demo.yaml
+FLAVOUR ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve stop status test lint lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+install: ## Make .venv, or bring it up to date (FLAVOUR=gpu for CUDA; PYTHON=python3.12 to choose the Python)
+	@python=$$(PYTHON="$(PYTHON)" sh scripts/find-python.sh) && \
+	"$$python" scripts/install.py $(if $(FLAVOUR),--flavour $(FLAVOUR))
+
+serve: install ## Serve CONFIG (configs/demo.yaml) on this machine and print an example request
+	@$(BIN)/jenga serve $(CONFIG)
+
+stop: ## Stop what `make serve` started
+	@if [ -x $(BIN)/jenga ]; then $(BIN)/jenga stop; else echo "nothing is installed, so nothing runs"; fi
+
+status: ## Show replicas, health and addresses of what runs
+	@if [ -x $(BIN)/jenga ]; then $(BIN)/jenga status; else echo "nothing is installed, so nothing runs"; fi
+
+test: install ## Run the whole test suite, ruff and mypy included
+	@$(BIN)/python -m pytest
+
+lint: install ## Run ruff and mypy only
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+lock: ## Pin the packages anew in requirements/ (UPGRADE=1 also takes newer versions)
+	@python=$$(PYTHON="$(PYTHON)" sh scripts/find-python.sh) && "$$python" scripts/lock.py $(if $(UPGRADE),--upgrade)
+
+clean: stop ## Stop what runs, then remove .venv and caches (var/ with models and logs stays)
+	@rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
