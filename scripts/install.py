@@ -89,6 +89,16 @@ class Progress:
         print(("\r\033[K" if self.live else "") + "      " + text, flush=True)
 
 
+def shortened(line: str) -> str:
+    """A line of pip's output fit for the progress line; empty if it tells the user nothing."""
+    if line.startswith(("Requirement already", "WARNING", "Ignoring", "Looking in", "Using cached")):
+        return ""
+    head, _, names = line.partition("Installing collected packages: ")
+    if names and not head:
+        return f"installing {names.count(',') + 1} packages"
+    return line[:100]
+
+
 def logged(command: list[str], progress: Progress) -> tuple[int, str]:
     """Run a command, its output going to the log and its current line to the progress; exit code and output."""
     lines: list[str] = []
@@ -102,9 +112,7 @@ def logged(command: list[str], progress: Progress) -> tuple[int, str]:
             log.write(line)
             log.flush()
             lines.append(line)
-            text = line.strip()
-            if not text.startswith("Requirement already satisfied"):
-                progress.detail = text
+            progress.detail = shortened(line.strip()) or progress.detail
         return process.wait(), "".join(lines)
 
 
