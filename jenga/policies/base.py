@@ -21,6 +21,9 @@ class LayerPolicy(ABC):
     kind: ClassVar[str]
     """Name of the layer type, as configuration files, metrics and events spell it."""
 
+    token_pages: ClassVar[bool] = True
+    """Whether a page holds one entry per token (and so can be partly empty); False where it is one state."""
+
     @abstractmethod
     def resident_from(self, tokens: int, page_tokens: int) -> int:
         """First page index still needed to compute token number `tokens` (0-based).

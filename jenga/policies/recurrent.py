@@ -18,6 +18,7 @@ class RecurrentState(LayerPolicy):
     """
 
     kind: ClassVar[str] = "recurrent_state"
+    token_pages: ClassVar[bool] = False
 
     def resident_from(self, tokens: int, page_tokens: int) -> int:
         return max(0, tokens - 1) // page_tokens
