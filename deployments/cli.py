@@ -1,7 +1,123 @@
 """`jenga serve`, `jenga stop`, `jenga status`."""
 
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from deployments.local import launch, record
+
+StateDir = Annotated[
+    Path | None,
+    typer.Option("--state-dir", help="Folder of the record. [default: $JENGA_STATE_DIR, or var/run]"),
+]
+
+
+def _fail(message: str) -> typer.Exit:
+    Console(stderr=True).print(f"[red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+    return typer.Exit(1)
+
+
+def serve(
+    config: Annotated[Path, typer.Argument(help="Serving configuration, such as configs/demo.yaml.")],
+    host: Annotated[
+        str | None, typer.Option(help="Address of the REST interface instead of the configuration's.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the REST interface instead of the configuration's.")] = None,
+    dashboard_port: Annotated[int, typer.Option(help="Port of Ray's dashboard, on the loopback.")] = 8265,
+    metrics_port: Annotated[int, typer.Option(help="Port for Prometheus, on the loopback.")] = 8080,
+    isolate: Annotated[
+        bool, typer.Option(help="Run Ray in its own network and process namespace where that is possible.")
+    ] = True,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the first answer.")] = 600,
+    state_dir: StateDir = None,
+) -> None:
+    """Serve a model on this machine: start a private Ray, deploy, wait, show one answer.
+
+    Nothing listens beyond the loopback unless --host asks for it. The deployment goes on in the
+    background until [bold]jenga stop[/].
+    """
+    console = Console()
+    options = launch.Options(host, port, dashboard_port, metrics_port, isolate, timeout)
+    try:
+        launch.serve(config, options, console, _folder(state_dir))
+    except (launch.ConfigError, launch.PortError, launch.ServeError) as error:
+        raise _fail(str(error)) from None
+    except KeyboardInterrupt:
+        console.print("interrupted; everything that was started has been stopped")
+        raise typer.Exit(130) from None
+
+
+def stop(state_dir: StateDir = None) -> None:
+    """Stop what [bold]jenga serve[/] started, and only that."""
+    console = Console()
+    begin = time.monotonic()
+    stopped = launch.stop(_folder(state_dir))
+    if stopped is None:
+        console.print("nothing is being served")
+    else:
+        console.print(f"stopped {escape(stopped.config)} [dim]({time.monotonic() - begin:.1f} s)[/]", highlight=False)
+
+
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Show what is being served: replicas, health, addresses, uptime."""
+    found = launch.status(_folder(state_dir))
+    if found is None:
+        print(json.dumps({"running": False}) if as_json else "nothing is being served")
+        raise typer.Exit(3)
+    running, state = found
+    uptime = time.time() - running.started
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "running": True,
+                    "status": state.status,
+                    "message": state.message,
+                    "config": running.config,
+                    "model": running.model,
+                    "url": running.url,
+                    "metrics_url": running.metrics_url,
+                    "dashboard_url": running.dashboard_url,
+                    "isolated": running.isolated,
+                    "uptime_s": round(uptime, 1),
+                    "replicas": [replica.__dict__ for replica in state.replicas],
+                }
+            )
+        )
+        return
+    table = Table("deployment", "replica", "state", "uptime")
+    for replica in state.replicas:
+        age = f"{time.time() - replica.started:.0f} s" if replica.started else ""
+        table.add_row(replica.deployment, replica.id, replica.state, age)
+    console = Console()
+    console.print(
+        f"{running.model} from {running.config}: [bold]{state.status}[/], up {uptime:.0f} s"
+        + (f"\n{escape(state.message)}" if state.message else ""),
+        highlight=False,
+    )
+    console.print(table)
+    console.print(
+        f"REST {running.url}/v1   metrics {running.metrics_url}   dashboard {running.dashboard_url}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _folder(state_dir: Path | None) -> Path:
+    return (state_dir or record.default_folder()).absolute()
 
 
 def add_commands(app: typer.Typer) -> None:
     """Register this package's commands."""
+    app.command()(serve)
+    app.command()(stop)
+    app.command()(status)

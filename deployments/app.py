@@ -1,0 +1,122 @@
+"""The Ray Serve application: `deployments.app:build`, named by `import_path` in configs/*.yaml."""
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+from ray.serve.llm import LLMConfig, build_llm_deployment
+from ray.serve.llm.ingress import make_fastapi_ingress
+
+from deployments.config import Autoscaling, ConfigError, Serving, parse_serving
+from deployments.engine import JengaServer
+from deployments.ingress import ENDPOINTS, Ingress, build_fastapi
+from deployments.router import PrefixAffinityRouter
+
+# Ongoing requests of the ingress are bounded by the engines' queues, not by it.
+_NO_LIMIT = 1_000_000
+
+
+def environment(config: Serving) -> dict[str, str]:
+    """Variables of each replica; the file's own come last."""
+    variables = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Block hashes must agree between replicas.
+        "PYTHONHASHSEED": "0",
+    }
+    if config.resources.gpus == 0:
+        # Without these two parallel CPU engines fight for the cores: 80 s instead of 3 s, measured.
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        variables["OMP_NUM_THREADS"] = str(config.resources.omp_threads)
+    return variables | config.environment
+
+
+def engine_kwargs(config: Serving) -> dict[str, Any]:
+    """Arguments of vLLM's engine and OpenAI front end."""
+    engine = config.engine
+    chosen = {
+        "dtype": engine.dtype,
+        "max_model_len": engine.max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        "block_size": engine.block_size,
+        "kv_cache_memory_bytes": int(engine.kv_memory) if engine.kv_memory is not None else None,
+    }
+    return {key: value for key, value in chosen.items() if value is not None} | {
+        "enforce_eager": engine.enforce_eager,
+        "enable_prefix_caching": engine.prefix_caching,
+        "tensor_parallel_size": config.resources.tensor_parallel,
+        # `usage` tells the cached tokens of each prompt.
+        "enable_prompt_tokens_details": True,
+        **engine.extra,
+    }
+
+
+def model_folder(config: Serving) -> Path:
+    """The model's folder; raises ConfigError when it is no model."""
+    folder = Path(config.model.path).expanduser().absolute()
+    if not (folder / "config.json").is_file():
+        state = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ConfigError(f"model.path: the folder {folder} {state}")
+    return folder
+
+
+def llm_config(config: Serving, source: Path) -> LLMConfig:
+    """Our settings in Ray's form."""
+    resources, replicas = config.resources, config.replicas
+    deployment: dict[str, Any] = {
+        # The workers' bundle carries what a replica takes; the actor beside them takes nothing more.
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": _NO_LIMIT,
+        "graceful_shutdown_timeout_s": 10,
+        "request_router_config": {
+            "request_router_class": PrefixAffinityRouter,
+            "request_router_kwargs": router_kwargs(config),
+        },
+    }
+    if isinstance(replicas, Autoscaling):
+        deployment["autoscaling_config"] = {
+            "min_replicas": replicas.min,
+            "max_replicas": replicas.max,
+            "target_ongoing_requests": replicas.target_ongoing_requests,
+        }
+    else:
+        deployment["num_replicas"] = replicas
+    bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+    return LLMConfig(
+        model_loading_config={"model_id": config.model.id, "model_source": str(source)},
+        engine_kwargs=engine_kwargs(config),
+        placement_group_config={"bundle_per_worker": bundle},
+        deployment_config=deployment,
+        runtime_env={"env_vars": environment(config)},
+        log_engine_metrics=True,
+        server_cls=JengaServer,
+    )
+
+
+def router_kwargs(config: Serving) -> dict[str, Any]:
+    """Fields of ``deployments.placement.Policy``."""
+    constants = config.router.model_dump(exclude={"policy"})
+    return constants | {"affinity": config.router.policy == "prefix-affinity"}
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Builder of the application from `args` of the configuration file.
+
+    Raises ConfigError, which Ray Serve reports as the reason of a failed deployment.
+    """
+    config = parse_serving(args)
+    ray_config = llm_config(config, model_folder(config))
+    # `serve.ingress` pickles the FastAPI application, so it is made here, once per build.
+    ingress = make_fastapi_ingress(Ingress, endpoint_map=ENDPOINTS, app=build_fastapi())
+    deployment = serve.deployment(
+        ingress,
+        name="Ingress",
+        num_replicas=1,
+        max_ongoing_requests=_NO_LIMIT,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": environment(config)}},
+    )
+    return deployment.bind(
+        llm_deployments={config.model.id: build_llm_deployment(ray_config, name_prefix="Engine:")},
+        model_cards={config.model.id: to_model_metadata(config.model.id, ray_config)},
+    )

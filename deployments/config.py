@@ -1,0 +1,298 @@
+"""The serving configuration: one YAML file for `jenga serve` and for Ray's own `serve deploy`.
+
+The file is a Ray Serve configuration with one application; everything of ours is in the
+application's ``args``.  No Ray and no vLLM are imported here, so that a wrong file is refused at once.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+IMPORT_PATH = "deployments.app:build"
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; the message is for the person who wrote it."""
+
+
+def unknown_key_message(key: str, known: Sequence[str]) -> str:
+    """What to say of ``key`` when only ``known`` keys exist: the nearest one, then all of them."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"unknown key '{key}'{hint} (known: {', '.join(sorted(known))})"
+
+
+class Section(BaseModel):
+    """A mapping of the file: unknown keys are refused and named."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            known = list(cls.model_fields)
+            unknown = [unknown_key_message(str(key), known) for key in data if key not in known]
+            if unknown:
+                raise PydanticCustomError("unknown_key", "{text}", {"text": "; ".join(unknown)})
+        return data
+
+
+class Model(Section):
+    """Which model is served, and under which name."""
+
+    id: str = Field(min_length=1, description="name that clients send as `model`")
+    path: str = Field(min_length=1, description="folder with the weights, config.json and tokenizer")
+    demo: str | None = Field(None, description="demo model that `jenga serve` makes when the folder is missing")
+
+
+class Engine(Section):
+    """vLLM's engine; what has no field here goes into `extra` under vLLM's own name."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_model_len: PositiveInt | None = Field(None, description="tokens of prompt and answer together")
+    max_num_seqs: PositiveInt | None = Field(None, description="requests that run at the same time")
+    block_size: PositiveInt | None = Field(None, description="tokens per page of an attention layer")
+    kv_memory: ByteSize | None = Field(None, description="KV memory of one replica, such as 64MiB")
+    enforce_eager: bool = False
+    prefix_caching: bool = True
+    extra: dict[str, Any] = Field(default_factory=dict, description="further vLLM engine arguments")
+
+    @field_validator("extra")
+    @classmethod
+    def _known_to_vllm(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        if not extra:
+            return extra
+        for key in extra:
+            if key in _OWN_SETTING:
+                raise PydanticCustomError(
+                    "own_setting",
+                    "'{key}' is set by `{setting}`, not in `extra`",
+                    {"key": key, "setting": _OWN_SETTING[key]},
+                )
+        known = vllm_argument_names()
+        unknown = [key for key in extra if key not in known]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.6)
+            raise PydanticCustomError(
+                "unknown_engine_argument",
+                "vLLM has no engine argument '{key}'{hint}",
+                {"key": unknown[0], "hint": f"; did you mean '{near[0]}'?" if near else ""},
+            )
+        return extra
+
+
+# vLLM argument -> the setting of ours that decides it.
+_OWN_SETTING = {
+    "model": "model.path",
+    "served_model_name": "model.id",
+    "dtype": "engine.dtype",
+    "max_model_len": "engine.max_model_len",
+    "max_num_seqs": "engine.max_num_seqs",
+    "block_size": "engine.block_size",
+    "kv_cache_memory_bytes": "engine.kv_memory",
+    "enforce_eager": "engine.enforce_eager",
+    "enable_prefix_caching": "engine.prefix_caching",
+    "tensor_parallel_size": "resources.tensor_parallel",
+}
+
+
+class Autoscaling(Section):
+    """Replicas follow the load."""
+
+    min: PositiveInt = 1
+    max: PositiveInt = 2
+    target_ongoing_requests: PositiveFloat = Field(8, description="requests per replica to aim at")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Autoscaling":
+        if self.min > self.max:
+            raise PydanticCustomError(
+                "min_above_max",
+                "min ({low}) is above max ({high})",
+                {"low": self.min, "high": self.max},
+            )
+        return self
+
+
+def _replicas_form(value: Any) -> str:
+    return "autoscaling" if isinstance(value, Mapping | Autoscaling) else "count"
+
+
+Replicas = Annotated[
+    Annotated[PositiveInt, Tag("count")] | Annotated[Autoscaling, Tag("autoscaling")],
+    Discriminator(_replicas_form),
+]
+# Tags of `Replicas`: pydantic puts them into an error's path, where they are no keys of the file.
+_TAGS = ("count", "autoscaling")
+
+
+class Resources(Section):
+    """What one replica takes."""
+
+    cpus: PositiveFloat = Field(1, description="CPU cores, as Ray counts them")
+    gpus: float = Field(0, ge=0, description="GPUs per worker; 0 runs vLLM's CPU back end")
+    tensor_parallel: PositiveInt = Field(1, description="workers that share one model")
+    omp_threads: PositiveInt = Field(1, description="OpenMP threads of a CPU engine")
+
+
+class Router(Section):
+    """How a request finds its replica; see ``deployments.placement``."""
+
+    policy: Literal["prefix-affinity", "least-loaded"] = "prefix-affinity"
+    chunk: PositiveInt = Field(64, description="characters (or token ids) hashed together")
+    max_chunks: PositiveInt = Field(512, description="chunks of a prompt that are looked at")
+    max_entries: PositiveInt = Field(65_536, description="chunks remembered per replica")
+    load_factor: float = Field(
+        2.0, ge=1, description="a replica is too busy for affinity beyond factor x least load + slack"
+    )
+    load_slack: float = Field(4, ge=0, description="requests of slack in the rule above")
+
+
+class Serving(Section):
+    """``args`` of the application: everything that is ours."""
+
+    model: Model
+    engine: Engine = Engine()
+    replicas: Replicas = 1
+    resources: Resources = Resources()
+    router: Router = Router()
+    environment: dict[str, str] = Field(default_factory=dict, description="variables of each replica")
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """YAML reads `OMP_NUM_THREADS: 2` as a number; a variable is text."""
+        if isinstance(value, Mapping):
+            return {
+                key: str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item
+                for key, item in value.items()
+            }
+        return value
+
+    @property
+    def max_replicas(self) -> int:
+        """The most replicas that may run at once."""
+        return self.replicas.max if isinstance(self.replicas, Autoscaling) else self.replicas
+
+
+class HttpOptions(Section):
+    """Where the REST interface listens (Ray Serve's own keys)."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65_535)] = 8000
+    root_path: str | None = None
+    request_timeout_s: PositiveFloat | None = None
+    keep_alive_timeout_s: PositiveInt | None = None
+
+
+class Application(Section):
+    """The one application of the file (Ray Serve's own keys)."""
+
+    name: str = "jenga"
+    route_prefix: str = Field("/", pattern="^/")
+    import_path: Literal["deployments.app:build"] = "deployments.app:build"
+    runtime_env: dict[str, Any] | None = None
+    args: Serving
+
+
+class ServeFile(Section):
+    """The whole file."""
+
+    proxy_location: Literal["Disabled", "HeadOnly", "EveryNode"] | None = None
+    http_options: HttpOptions = HttpOptions()
+    grpc_options: dict[str, Any] | None = None
+    logging_config: dict[str, Any] | None = None
+    applications: list[Application] = Field(min_length=1, max_length=1)
+
+    @property
+    def application(self) -> Application:
+        """The one application."""
+        return self.applications[0]
+
+    def to_ray(self) -> dict[str, Any]:
+        """The same file as plain data for Ray Serve; `args` keep their form, so `build` reads them again."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def vllm_argument_names() -> list[str]:
+    """Names that vLLM's engine and OpenAI front end accept.
+
+    Imports vLLM, which takes seconds: asked only for a file that uses `extra`.
+    """
+    import dataclasses
+
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    return sorted({field.name for cls in (AsyncEngineArgs, FrontendArgs) for field in dataclasses.fields(cls)})
+
+
+def describe(error: ValidationError, source: str) -> str:
+    """A validation error as lines `where: what`, without pydantic's own apparatus."""
+    lines = [f"{source}:"]
+    for item in error.errors(include_url=False):
+        path = [str(part) for part in item["loc"] if part not in _TAGS]
+        where = ".".join(path).replace("applications.0", "applications[0]") or "top level"
+        what = item["msg"]
+        if item["type"] == "missing":
+            what = "is missing"
+        elif "input" in item and not isinstance(item["input"], Mapping):
+            what = f"{what[0].lower()}{what[1:]}, not {item['input']!r}"
+        line = f"  {where}: {what}"
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def parse_serving(args: Any) -> Serving:
+    """Our part of the file, as Ray Serve hands it to `build`.
+
+    Raises ConfigError naming every wrong key and value.
+    """
+    try:
+        return Serving.model_validate(args)
+    except ValidationError as error:
+        raise ConfigError(describe(error, "application arguments")) from None
+
+
+def load(path: Path) -> ServeFile:
+    """Read and check a serving configuration.
+
+    Raises ConfigError when the file is missing, is not YAML, or does not fit.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        shipped = sorted(item.name for item in Path("configs").glob("*.yaml"))
+        hint = f"; configs/ has {', '.join(shipped)}" if shipped else ""
+        raise ConfigError(f"there is no configuration file {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration file {path} cannot be read: {error}") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path} must hold a mapping with `applications`, not {type(data).__name__}")
+    try:
+        return ServeFile.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(describe(error, str(path))) from None

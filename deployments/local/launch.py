@@ -1,0 +1,451 @@
+"""Start, stop and look at the private Ray: what `jenga serve`, `stop` and `status` do."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.markup import escape
+
+from deployments.config import ConfigError, ServeFile, load
+from deployments.failures import root_cause
+from deployments.local import isolation, node, record
+from deployments.local.api import ServeApi, State
+from deployments.local.ports import PortError, free_ports, listen
+from deployments.local.processes import ProcessId
+from deployments.local.record import Record
+from deployments.local.supervisor import Orders
+
+# Ports inside a network namespace of our own: any will do that the user's own choice leaves free.
+_INNER_PORTS = range(20_001, 20_101)
+_POLL_S = 0.5
+_STOP_S = 25.0
+
+
+class ServeError(Exception):
+    """A start that failed, a stop that did not work; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to the configuration; None leaves the configuration's value."""
+
+    host: str | None = None
+    port: int | None = None
+    dashboard_port: int = 8265
+    metrics_port: int = 8080
+    isolate: bool = True
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request and what came back."""
+
+    path: str
+    request: dict[str, Any]
+    response: dict[str, Any]
+    seconds: float
+
+    def curl(self, base: str) -> str:
+        """The request as a command."""
+        return f"curl -s {base}{self.path} -H 'Content-Type: application/json' \\\n  -d '{json.dumps(self.request)}'"
+
+
+class Progress:
+    """Phases on the terminal: one line each when done, and what is going on meanwhile."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._begin = time.monotonic()
+
+    @contextlib.contextmanager
+    def phase(self, title: str) -> Iterator["Progress"]:
+        """A phase; its time is printed when it ends well."""
+        begin = time.monotonic()
+        self._last = ""
+        with self.console.status(f"{title} ...") as self._status:
+            self._title, self._phase_begin = title, begin
+            yield self
+        self.console.print(f"[green]done[/] {title} [dim]({time.monotonic() - begin:.1f} s)[/]")
+
+    def tell(self, detail: str) -> None:
+        """What the phase is at; without a terminal a line is printed at each change."""
+        seconds = time.monotonic() - self._phase_begin
+        if self.console.is_terminal:
+            self._status.update(f"{self._title}: {escape(detail)} [dim]{seconds:.0f} s[/]")
+        elif detail != self._last:
+            self.console.print(f"     {escape(detail)} [dim](at {time.monotonic() - self._begin:.0f} s)[/]")
+        self._last = detail
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._begin
+
+
+def serve(path: Path, options: Options, console: Console, folder: Path) -> Record:
+    """Start Ray, deploy the configuration and wait until it answers.
+
+    Raises ConfigError, PortError or ServeError; whatever was started is stopped then.
+    """
+    progress = Progress(console)
+    config = load(path)
+    try:
+        with record.lock(folder), _terminable():
+            return _serve(path, config, options, progress, folder)
+    except BlockingIOError:
+        raise ServeError(f"another `jenga serve` is starting just now (lock in {folder})") from None
+
+
+def _serve(path: Path, config: ServeFile, options: Options, progress: Progress, folder: Path) -> Record:
+    _refuse_second(folder)
+    config = _with_options(config, options)
+    http = config.http_options
+    _check_gpus(config)
+    sockets = _public_sockets(config, options)
+    try:
+        isolated, reason = _choose_isolation(options)
+        if not isolated:
+            _warn_open(progress.console, reason)
+        _make_demo_model(config, progress)
+        log = folder.parent / "log" / "serve.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        # Unix sockets allow 107 characters, of which Ray needs some 70.
+        ray_dir = tempfile.mkdtemp(prefix="jenga-", dir="/tmp")
+        ports = _node_ports(options, isolated, [sock.getsockname()[1] for sock in sockets])
+        if not isolated:
+            # Ray itself takes these ports in a moment.
+            for sock in sockets:
+                sock.close()
+            sockets = []
+        supervisor = _spawn(config, ports, ray_dir, isolated, sockets, log)
+    finally:
+        for sock in sockets:
+            sock.close()
+    running = Record(
+        supervisor=supervisor,
+        ray_dir=ray_dir,
+        config=str(path),
+        application=config.application.name,
+        model=config.application.args.model.id,
+        host=http.host,
+        port=http.port,
+        dashboard_port=options.dashboard_port,
+        metrics_port=options.metrics_port,
+        isolated=isolated,
+        started=time.time(),
+        log=str(log),
+    )
+    try:
+        record.write(folder, running)
+        answer = _bring_up(running, config, options, progress)
+    except BaseException:
+        with _uninterrupted():
+            _keep_logs(running)
+            _end(running, folder)
+        raise
+    _report(running, answer, progress)
+    return running
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM cleans up as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C must not leave half a deployment."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _refuse_second(folder: Path) -> None:
+    old = record.read(folder)
+    if old is None:
+        return
+    if old.supervisor.alive():
+        raise ServeError(
+            f"{old.config} is already served at {old.url} (state in {folder}); end it with `jenga stop` first"
+        )
+    record.clear(folder, old)
+
+
+def _with_options(config: ServeFile, options: Options) -> ServeFile:
+    """The configuration with the command line's values, and with the model's folder made absolute."""
+    changes = {"host": options.host, "port": options.port}
+    http = config.http_options.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    app = config.application
+    folder = str(Path(app.args.model.path).expanduser().absolute())
+    args = app.args.model_copy(update={"model": app.args.model.model_copy(update={"path": folder})})
+    if not (Path(folder) / "config.json").is_file() and app.args.model.demo is None:
+        state = "has no config.json" if Path(folder).is_dir() else "does not exist"
+        raise ConfigError(
+            f"model.path: the model folder {folder} {state}; put the model there, correct the path, "
+            "or name a demo model in model.demo"
+        )
+    return config.model_copy(update={"http_options": http, "applications": [app.model_copy(update={"args": args})]})
+
+
+def _check_gpus(config: ServeFile) -> None:
+    args = config.application.args
+    wanted = args.resources.gpus * args.resources.tensor_parallel * args.max_replicas
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if wanted > present:
+        raise ConfigError(
+            f"resources.gpus: {args.max_replicas} replica(s) need {wanted:g} GPU(s), this machine has {present}; "
+            "set resources.gpus to 0 for CPU engines, or serve fewer replicas"
+        )
+
+
+def _public_sockets(config: ServeFile, options: Options) -> list[socket.socket]:
+    """Listening sockets for what the user talks to, or PortError before anything is started."""
+    http = config.http_options
+    wanted = [
+        (http.host, http.port, "REST", "--port, or http_options.port in the configuration"),
+        ("127.0.0.1", options.dashboard_port, "Ray's dashboard", "--dashboard-port"),
+        ("127.0.0.1", options.metrics_port, "metrics", "--metrics-port"),
+    ]
+    with contextlib.ExitStack() as opened:
+        sockets = []
+        for place in wanted:
+            sock = listen(*place)
+            opened.callback(sock.close)
+            sockets.append(sock)
+        opened.pop_all()
+        return sockets
+
+
+def _choose_isolation(options: Options) -> tuple[bool, str | None]:
+    """Whether to use namespaces, and why not."""
+    if not options.isolate:
+        return False, "--no-isolate was given"
+    reason = isolation.why_not()
+    return reason is None, reason
+
+
+def _warn_open(console: Console, reason: str | None) -> None:
+    console.print(
+        f"[yellow]warning:[/] Ray runs without a network namespace ({escape(str(reason))}). "
+        "REST and dashboard listen where they were told; Ray's own services (GCS, raylet, object manager, "
+        "metrics agent, workers) listen on every interface of this machine: use it behind a firewall only."
+    )
+
+
+def _make_demo_model(config: ServeFile, progress: Progress) -> None:
+    model = config.application.args.model
+    folder = Path(model.path)
+    if model.demo is None or (folder / "config.json").is_file():
+        return
+    with progress.phase(f"make the demo model {model.demo} in {folder}"):
+        from jenga import demo
+
+        try:
+            demo.make(model.demo, folder)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"model.demo: {error}") from None
+
+
+def _node_ports(options: Options, isolated: bool, public: list[int]) -> node.NodePorts:
+    """Ports for Ray's node: free ones here, or any inside a namespace of its own."""
+    count = 7
+    if isolated:
+        inner = [port for port in _INNER_PORTS if port not in public][:count]
+    else:
+        inner = free_ports(count)
+    names = ("gcs", "client", "agent_grpc", "agent_http", "runtime_env", "node_manager", "object_manager")
+    return node.NodePorts(
+        dashboard=options.dashboard_port,
+        metrics=options.metrics_port,
+        **dict(zip(names, inner, strict=True)),
+    )
+
+
+def _logical_cpus(config: ServeFile) -> int:
+    """CPUs that Ray is told of: at least what the replicas ask for, since Ray only counts them."""
+    args = config.application.args
+    asked = args.resources.cpus * args.resources.tensor_parallel * args.max_replicas
+    return max(os.cpu_count() or 1, int(asked + 0.999))
+
+
+def _spawn(
+    config: ServeFile,
+    ports: node.NodePorts,
+    ray_dir: str,
+    isolated: bool,
+    sockets: list[socket.socket],
+    log: Path,
+) -> ProcessId:
+    """Start the supervisor, which outlives this command."""
+    listeners = {str(sock.getsockname()[1]): sock.fileno() for sock in sockets}
+    orders = Orders(node.command(ports, ray_dir, _logical_cpus(config)), listeners, isolated)
+    prefix = isolation.network_command() if isolated else []
+    package_root = str(Path(__file__).resolve().parents[2])
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "deployments.local.supervisor", orders.to_argument()],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=list(listeners.values()),
+            env=node.environment(os.environ, package_root),
+        )
+    identity = ProcessId.of(process.pid)
+    if identity is None:
+        raise ServeError(f"the supervisor ended at once; see {log}")
+    return identity
+
+
+def _bring_up(running: Record, config: ServeFile, options: Options, progress: Progress) -> Answer:
+    deadline = time.monotonic() + options.timeout
+    api = ServeApi(running.dashboard_url)
+    with progress.phase("start a private Ray" if running.isolated else "start Ray"):
+        while not api.ready():
+            _check_alive(running)
+            _check_time(deadline, options, "Ray's dashboard does not answer")
+            time.sleep(_POLL_S)
+    with progress.phase("hand the application to Ray Serve"):
+        inner = config.to_ray()
+        if running.isolated:
+            # The forwarder decides who may come in; inside there is only the loopback.
+            inner["http_options"]["host"] = "127.0.0.1"
+        try:
+            api.deploy(inner)
+        except httpx.HTTPError as error:
+            raise ServeError(f"Ray Serve refused the application: {_one_line(str(error))}") from None
+    with progress.phase("start the engines") as engines:
+        state = _wait_running(running, api, engines, deadline, options)
+    with progress.phase("answer a first request"):
+        return _first_answer(running, state)
+
+
+def _wait_running(running: Record, api: ServeApi, progress: Progress, deadline: float, options: Options) -> State:
+    while True:
+        _check_alive(running)
+        with contextlib.suppress(httpx.HTTPError):
+            state = api.state(running.application)
+            if state.failure:
+                raise ServeError(f"the application does not start: {state.failure}")
+            if state.running:
+                return state
+            progress.tell(state.summary() or state.status.lower().replace("_", " "))
+        _check_time(deadline, options, "the replicas are not ready")
+        time.sleep(_POLL_S)
+
+
+def _check_alive(running: Record) -> None:
+    if not running.supervisor.alive():
+        lines = Path(running.log).read_text(errors="replace").splitlines()
+        reason = root_cause(lines) or next((line for line in reversed(lines) if line.strip()), "no reason")
+        raise ServeError(f"Ray ended while starting: {_one_line(reason)}")
+
+
+def _check_time(deadline: float, options: Options, what: str) -> None:
+    if time.monotonic() > deadline:
+        raise ServeError(f"{what} after {options.timeout:.0f} s; --timeout allows more")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:500]
+
+
+def _first_answer(running: Record, state: State) -> Answer:
+    request = {
+        "model": running.model,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    path = "/v1/chat/completions"
+    begin = time.monotonic()
+    with httpx.Client(base_url=running.url, timeout=120, trust_env=False) as client:
+        try:
+            response = client.post(path, json=request)
+        except httpx.HTTPError as error:
+            raise ServeError(f"{running.url} does not answer: {error}") from None
+    if not response.is_success:
+        raise ServeError(f"the first request failed with status {response.status_code}: {response.text[:500]}")
+    return Answer(path, request, response.json(), time.monotonic() - begin)
+
+
+def _report(running: Record, answer: Answer, progress: Progress) -> None:
+    console = progress.console
+    console.print(f"\n[bold green]serving[/] {running.model} after {progress.elapsed:.0f} s\n")
+    console.print(answer.curl(running.url), markup=False, highlight=False, soft_wrap=True)
+    console.print(json.dumps(answer.response), markup=False, highlight=False, soft_wrap=True, style="dim")
+    console.print(
+        f"\nREST       {running.url}/v1\n"
+        f"metrics    {running.metrics_url}\n"
+        f"dashboard  {running.dashboard_url}\n"
+        f"stop       jenga stop",
+        highlight=False,
+    )
+
+
+def _keep_logs(running: Record) -> None:
+    """Ray's logs of a failed start, beside our own; Ray's folder itself is removed."""
+    source = Path(running.ray_dir) / "session_latest" / "logs"
+    target = Path(running.log).parent / "last-failure"
+    shutil.rmtree(target, ignore_errors=True)
+    with contextlib.suppress(OSError, shutil.Error):
+        shutil.copytree(source, target)
+
+
+def _end(running: Record, folder: Path) -> None:
+    running.supervisor.signal(signal.SIGTERM)
+    if not running.supervisor.wait(_STOP_S):
+        # Its life line breaks with it, and everything else ends.
+        running.supervisor.signal(signal.SIGKILL)
+        running.supervisor.wait(_STOP_S)
+    record.clear(folder, running)
+
+
+def stop(folder: Path) -> Record | None:
+    """End what the record names; returns it, or None when there was nothing."""
+    running = record.read(folder)
+    if running is None:
+        return None
+    with _uninterrupted():
+        _end(running, folder)
+    return running
+
+
+def status(folder: Path) -> tuple[Record, State] | None:
+    """The record and the application's state; None when nothing runs."""
+    running = record.read(folder)
+    if running is None or not running.supervisor.alive():
+        return None
+    try:
+        return running, ServeApi(running.dashboard_url, timeout=5).state(running.application)
+    except httpx.HTTPError as error:
+        return running, State("UNREACHABLE", message=str(error))
+
+
+__all__ = ["ConfigError", "Options", "PortError", "Record", "ServeError", "State", "serve", "status", "stop"]

@@ -1,0 +1,97 @@
+"""The record of a running local deployment: what `jenga stop` and `jenga status` go by."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from deployments.local.processes import ProcessId
+
+NAME = "serve.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One local deployment.
+
+    supervisor: the process that everything else descends from.
+    ray_dir: Ray's temporary folder, removed at the end.
+    host, port, dashboard_port, metrics_port: where it listens on this machine.
+    isolated: whether Ray has its own network and process namespace.
+    started: seconds since the epoch.
+    """
+
+    supervisor: ProcessId
+    ray_dir: str
+    config: str
+    application: str
+    model: str
+    host: str
+    port: int
+    dashboard_port: int
+    metrics_port: int
+    isolated: bool
+    started: float
+    log: str
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Ports by what listens there."""
+        return {"REST": self.port, "dashboard": self.dashboard_port, "metrics": self.metrics_port}
+
+    @property
+    def url(self) -> str:
+        """Base of the REST interface, as seen from this machine."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
+    def dashboard_url(self) -> str:
+        """Base of Ray's dashboard and of Serve's REST API."""
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """What Prometheus scrapes."""
+        return f"http://127.0.0.1:{self.metrics_port}/metrics"
+
+
+def default_folder() -> Path:
+    """Where the record lies: ``$JENGA_STATE_DIR``, or var/run below the working directory."""
+    return Path(os.environ.get("JENGA_STATE_DIR") or "var/run").absolute()
+
+
+def read(folder: Path) -> Record | None:
+    """The record in ``folder``; None if there is none or it cannot be read."""
+    try:
+        data = json.loads((folder / NAME).read_text())
+        return Record(**data | {"supervisor": ProcessId(**data["supervisor"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def write(folder: Path, record: Record) -> None:
+    """Put the record there, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / (NAME + ".new")
+    draft.write_text(json.dumps(asdict(record), indent=1))
+    draft.replace(folder / NAME)
+
+
+def clear(folder: Path, record: Record) -> None:
+    """Remove what a stopped deployment leaves: the record and Ray's temporary folder."""
+    shutil.rmtree(record.ray_dir, ignore_errors=True)
+    (folder / NAME).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; raises BlockingIOError when another `jenga serve` is starting there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "serve.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
