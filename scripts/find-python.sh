@@ -1,8 +1,9 @@
 #!/bin/sh
-# Prints the Python to build .venv with: $PYTHON if it is set, else the first of the usual names that
-# is 3.11 to 3.13 and can make virtual environments.  Says what to install if there is none.
+# Prints the Python to build .venv with: $PYTHON if it is set, else the one that .venv has (a later
+# change of PATH must not rebuild it), else the first of the usual names, provided that it is 3.11 to
+# 3.13 and can make virtual environments.  Says what to install if there is none.
 tried=""
-for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+for candidate in ${PYTHON:-.venv/bin/python python3 python3.13 python3.12 python3.11}; do
     # A name on PATH proves nothing (pyenv's shims fail when run), so ask the interpreter itself.
     found=$("$candidate" -c 'import sys
 try:

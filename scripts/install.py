@@ -31,6 +31,8 @@ VENV = ROOT / ".venv"
 STAMP = VENV / ".jenga-install"
 UNFINISHED = VENV / ".jenga-unfinished"
 LOG = VENV / "install.log"
+# Resolved at once: it may be .venv's own Python, which goes when .venv is replaced.
+PYTHON = Path(sys.executable).resolve()
 FLAVOURS = ("cpu", "gpu")
 MACHINES = ("x86_64", "aarch64")
 PYTHONS = ((3, 11), (3, 12), (3, 13))
@@ -230,7 +232,7 @@ def make_venv(progress: Progress, flavour: str) -> None:
         progress.say("an earlier install did not finish: completing it")
         forget_damaged(progress)
     if not VENV.exists():
-        result = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True, check=False)
+        result = subprocess.run([str(PYTHON), "-m", "venv", str(VENV)], capture_output=True, text=True, check=False)
         if result.returncode:
             raise InstallError(f"`python -m venv` failed:\n{result.stdout}{result.stderr}")
     STAMP.unlink(missing_ok=True)
@@ -301,7 +303,8 @@ def install_cpu_torch(progress: Progress, lock: Path) -> None:
         return
     progress.say(f"{why}: taking torch from your pip configuration")
     code, output = pip(progress, "--no-deps", f"torch=={version}+cpu")
-    if code and NO_SUCH_BUILD in output:
+    # An index that lists no version at all was not reached: no reason to fetch another build.
+    if code and NO_SUCH_BUILD in output and "(from versions: none)" not in output:
         progress.say(f"no torch {version}+cpu there: installing the CUDA build with its libraries (several GB;")
         progress.say("it runs on the CPU as well; JENGA_TORCH_INDEX=URL names an index with the CPU build)")
         pip_or_fail(progress, "Installing torch", "--constraint", str(lock), f"torch=={version}")
