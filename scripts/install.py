@@ -39,6 +39,18 @@ PYTHONS = ((3, 11), (3, 12), (3, 13))
 # The only host named here: ordinary package indexes do not carry PyTorch's CPU build.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 4.0
+# Beginnings of pip's lines that tell the user nothing about how far it is.
+DULL = (
+    "Requirement already",
+    "WARNING",
+    "Ignoring",
+    "Looking in",
+    "Using cached",
+    "Attempting uninstall",
+    "Found existing",
+    "Uninstalling",
+    "Successfully uninstalled",
+)
 NO_SUCH_BUILD = "No matching distribution found for torch"
 
 
@@ -93,11 +105,11 @@ class Progress:
 
 def shortened(line: str) -> str:
     """A line of pip's output fit for the progress line; empty if it tells the user nothing."""
-    if line.startswith(("Requirement already", "WARNING", "Ignoring", "Looking in", "Using cached")):
+    if line.startswith(DULL):
         return ""
     head, _, names = line.partition("Installing collected packages: ")
     if names and not head:
-        return f"installing {names.count(',') + 1} packages"
+        return f"installing {names.count(',') + 1} package(s)"
     return line[:100]
 
 
