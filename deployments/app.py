@@ -57,7 +57,8 @@ def model_folder(config: Serving) -> Path:
     folder = Path(config.model.path).expanduser().absolute()
     if not (folder / "config.json").is_file():
         state = "has no config.json" if folder.is_dir() else "does not exist"
-        raise ConfigError(f"model.path: the folder {folder} {state}")
+        remedy = f"; `jenga demo-model {config.model.demo}` makes it" if config.model.demo else ""
+        raise ConfigError(f"model.path: the model folder {folder} {state}{remedy}")
     return folder
 
 

@@ -13,7 +13,12 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LOG_PREFIX = re.compile(r"^(\([^)]*pid=\d+[^)]*\)\s*)+|^(ERROR|CRITICAL)\s+[\d-]+ [\d:.]+ \[[^\]]*\]\s?")
 _RAISED = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?(?P<type>[A-Z]\w*(?:Error|Exception|Exit|Interrupt))(?:: (?P<text>.*))?$")
 # Exceptions that only say that something below failed.
-_WRAPPERS = ("Engine core initialization failed", "Failed to create vLLM engine config", "WorkerProc init")
+_WRAPPERS = (
+    "Traceback (most recent call last)",
+    "Engine core initialization failed",
+    "Failed to create vLLM engine config",
+    "WorkerProc init",
+)
 
 
 def _plain(line: str) -> str:
@@ -26,21 +31,27 @@ def _plain(line: str) -> str:
 def root_cause(lines: Iterable[str]) -> str | None:
     """The message of the first exception that is not merely a wrapper, None if there is none.
 
-    The first, because what follows in a log is raised by those who watched it fail.
+    The first, because what follows in a log is raised by those who watched it fail.  Indented lines
+    behind it belong to the message.
     """
+    cause: list[str] = []
     for line in map(_plain, lines):
+        if cause:
+            if not line.startswith("  "):
+                break
+            cause.append(line)
+            continue
         match = _RAISED.match(line)
         if not match:
             continue
         text = (match["text"] or "").strip()
         if any(text.startswith(wrapper) for wrapper in _WRAPPERS):
             # `... config: <cause>` carries the cause itself.
-            _, _, inner = text.partition("config: ")
-            if inner:
-                return inner
-            continue
-        return text or match["type"]
-    return None
+            _, _, text = text.partition("config: ")
+            if not text:
+                continue
+        cause.append(text or match["type"])
+    return "\n".join(cause) or None
 
 
 # What vLLM says when the pool cannot hold one longest request, and what to do about it here.
@@ -51,6 +62,7 @@ _KV_TOO_SMALL = re.compile(
 
 def in_our_terms(reason: str, *, kv_memory: int | None, max_model_len: int | None) -> str:
     """``reason`` with the settings of our file that decide it; kv_memory in bytes, max_model_len in tokens."""
+    reason = _unframed(reason)
     if _KV_TOO_SMALL.search(reason):
         size = f"{kv_memory:,} bytes" if kv_memory else "not set"
         length = f"{max_model_len:,} tokens" if max_model_len else "the model's own"
@@ -62,3 +74,12 @@ def in_our_terms(reason: str, *, kv_memory: int | None, max_model_len: int | Non
             "Raise engine.kv_memory or lower engine.max_model_len."
         )
     return reason
+
+
+# pydantic's frame around the message of a validator.
+_PYDANTIC = re.compile(r"^\d+ validation errors? for \w+\n\s*(?:Value error, )?(?P<text>.*?) \[type=", re.DOTALL)
+
+
+def _unframed(reason: str) -> str:
+    match = _PYDANTIC.match(reason)
+    return match["text"] if match else reason

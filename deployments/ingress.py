@@ -2,22 +2,28 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from ray.exceptions import RayActorError
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from vllm.exceptions import VLLMClientError
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from deployments.placement import prompt_of
 
 logger = logging.getLogger("ray.serve")
 
 # What this product serves of Ray's endpoints; embeddings, scores and audio need other models.
-ENDPOINTS = {name: DEFAULT_ENDPOINTS[name] for name in ("completions", "chat", "tokenize", "detokenize")} | {
+ENDPOINTS = {name: DEFAULT_ENDPOINTS[name] for name in ("completions", "chat")} | {
     "models": lambda app: app.get("/v1/models"),
     "model_data": lambda app: app.get("/v1/models/{model:path}"),
 }
@@ -38,24 +44,57 @@ def validation_response(error: RequestValidationError) -> JSONResponse:
     """What the request's body has wrong, first fault first, without echoing the body."""
     faults = error.errors()
     fault = faults[0] if faults else {"type": "", "msg": "invalid request", "loc": ()}
+    where = [part for part in fault["loc"] if part != "body"]
     if fault["type"] == "json_invalid":
         reason = fault.get("ctx", {}).get("error", "cannot be parsed")
-        where = f" at character {fault['loc'][-1]}" if fault.get("loc") else ""
-        return error_response(f"The request body is not valid JSON: {reason}{where}.", 400, code="invalid_json")
-    param = ".".join(str(part) for part in fault["loc"] if part != "body") or None
+        return error_response(
+            f"The request body is not valid JSON: {reason} at character {where[-1] if where else 0}.",
+            400,
+            code="invalid_json",
+        )
+    if not where:
+        return error_response(
+            "The request body must be a JSON object, sent with Content-Type: application/json.",
+            400,
+            code="invalid_json",
+        )
+    path, within_union = _field_path(where)
     message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "missing":
+    if within_union:
+        message = "This is none of the forms that are accepted here."
+    elif fault["type"] == "missing":
         message = "This field is required."
-    return error_response(f"{param}: {message}" if param else message, 400, param=param, code="invalid_value")
+    return error_response(f"{path}: {message}", 400, param=path, code="invalid_value")
 
 
-def http_error_code(status: int, message: str) -> str | None:
-    """OpenAI's machine-readable name of the failure, where it has one."""
+def _field_path(where: list[str | int]) -> tuple[str, bool]:
+    """A field's path in the body, and whether the fault lies in a union.
+
+    Behind a union's field pydantic names the member that it tried, which is no part of the body.
+    """
+    path = [str(where[0])]
+    for part in where[1:]:
+        if not isinstance(part, int):
+            return ".".join(path), True
+        path.append(str(part))
+    return ".".join(path), False
+
+
+# vLLM ends its messages with what Ray does not pass on separately: `(parameter=n, value=0)`.
+_PARAMETER = re.compile(r" \(parameter=(?P<name>\w+)(?:, value=.*)?\)$", re.DOTALL)
+
+
+def refusal(message: str, status: int) -> JSONResponse:
+    """A refused request in OpenAI's terms, from the text that Ray or vLLM gave."""
+    code = None
     if status == 404 and "model" in message:
-        return "model_not_found"
-    if status == 400 and "maximum context length" in message:
-        return "context_length_exceeded"
-    return None
+        code = "model_not_found"
+    elif status == 400 and "maximum context length" in message:
+        code = "context_length_exceeded"
+    parameter = _PARAMETER.search(message)
+    if parameter:
+        message = message[: parameter.start()]
+    return error_response(message, status, param=parameter["name"] if parameter else None, code=code)
 
 
 def build_fastapi() -> FastAPI:
@@ -67,16 +106,25 @@ def build_fastapi() -> FastAPI:
 
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail)
-        if error.status_code == 404 and message == "Not Found":
-            message = f"There is no {request.method} {request.url.path}."
-        return error_response(message, error.status_code, code=http_error_code(error.status_code, message))
+        if error.status_code in (404, 405) and message in ("Not Found", "Method Not Allowed"):
+            message = f"There is no {request.method} {request.url.path} here."
+        return refusal(message, error.status_code)
 
     async def on_openai_error(request: Request, error: OpenAIHTTPException) -> JSONResponse:
-        return error_response(error.message, error.status_code, code=http_error_code(error.status_code, error.message))
+        return refusal(error.message, error.status_code)
 
-    app.add_exception_handler(RequestValidationError, on_validation_error)  # type: ignore[arg-type]
-    app.add_exception_handler(HTTPException, on_http_error)  # type: ignore[arg-type]
-    app.add_exception_handler(OpenAIHTTPException, on_openai_error)  # type: ignore[arg-type]
+    async def on_client_error(request: Request, error: VLLMClientError) -> JSONResponse:
+        return refusal(str(error), 400)
+
+    handlers: dict[type[Exception], Any] = {
+        RequestValidationError: on_validation_error,
+        HTTPException: on_http_error,
+        OpenAIHTTPException: on_openai_error,
+        # Raised by vLLM's request classes while the body is read.
+        VLLMClientError: on_client_error,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
     return app
 
 
@@ -128,12 +176,25 @@ class Ingress(OpenAiIngress):
             body = error_body(f"The engine failed: {type(error).__name__}.", 500, code="engine_error")
             yield f"data: {json.dumps(body)}\n\n"
 
-    async def _process_llm_request(self, *args: Any, **kwargs: Any) -> Response:
+    async def _process_llm_request(self, body: Any, *args: Any, **kwargs: Any) -> Response:
         """Ray's handling; what it does not foresee is logged here and told without its traceback."""
         try:
-            return await super()._process_llm_request(*args, **kwargs)
-        except (HTTPException, OpenAIHTTPException):
+            return await super()._process_llm_request(body, *args, **kwargs)
+        except (HTTPException, OpenAIHTTPException, VLLMClientError):
             raise
+        except (EngineDeadError, RayActorError):
+            logger.exception("a replica died under a request")
+            return error_response("The replica that had this request died; try again.", 503, code="engine_unavailable")
         except Exception:
+            if not _is_unicode(prompt_of(body)):
+                return error_response("The prompt is not valid Unicode (a lone surrogate).", 400, code="invalid_value")
             logger.exception("a request failed")
             return error_response("The server failed on this request; its log tells why.", 500, code="internal_error")
+
+
+def _is_unicode(prompt: object) -> bool:
+    try:
+        str(prompt).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

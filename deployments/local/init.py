@@ -17,7 +17,7 @@ import time
 import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
-_GRACE_S = 5.0
+_GRACE_S = 3.0
 
 
 def _reap() -> dict[int, int]:

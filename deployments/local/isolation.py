@@ -25,8 +25,12 @@ def network_command() -> list[str]:
 
 
 def process_command() -> list[str]:
-    """Prefix that runs a command as process 1 of a new process namespace, which ends with it."""
-    return ["unshare", "--pid", "--mount-proc", "--fork", "--kill-child", "--"]
+    """Prefix that runs a command as process 1 of a new process namespace, which ends with it.
+
+    Shared memory is private too, so that nothing of a killed engine stays in it.
+    """
+    private_memory = ["sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
+    return ["unshare", "--pid", "--mount-proc", "--fork", "--kill-child", "--", *private_memory]
 
 
 def why_not() -> str | None:

@@ -124,7 +124,9 @@ def _serve(path: Path, config: ServeFile, options: Options, progress: Progress, 
         log = folder.parent / "log" / "serve.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         # Unix sockets allow 107 characters, of which Ray needs some 70.
-        ray_dir = tempfile.mkdtemp(prefix="jenga-", dir="/tmp")
+        private_dir = tempfile.mkdtemp(prefix="jenga-", dir="/tmp")
+        # Ray opens its folder to everybody; the one around it stays this user's.
+        ray_dir = str(Path(private_dir) / "ray")
         ports = _node_ports(options, isolated, [sock.getsockname()[1] for sock in sockets])
         if not isolated:
             # Ray itself takes these ports in a moment.
@@ -137,7 +139,7 @@ def _serve(path: Path, config: ServeFile, options: Options, progress: Progress, 
             sock.close()
     running = Record(
         supervisor=supervisor,
-        ray_dir=ray_dir,
+        ray_dir=private_dir,
         config=str(path),
         application=config.application.name,
         model=config.application.args.model.id,
@@ -154,7 +156,7 @@ def _serve(path: Path, config: ServeFile, options: Options, progress: Progress, 
         answer = _bring_up(running, config, options, progress)
     except BaseException:
         with _uninterrupted():
-            _keep_logs(running)
+            _keep_logs(running, progress.console)
             _end(running, folder)
         raise
     _report(running, answer, progress)
@@ -260,26 +262,27 @@ def _warn_open(console: Console, reason: str | None) -> None:
 
 def _make_demo_model(config: ServeFile, progress: Progress) -> None:
     model = config.application.args.model
-    folder = Path(model.path)
-    if model.demo is None or (folder / "config.json").is_file():
+    if model.demo is None:
         return
-    with progress.phase(f"make the demo model {model.demo} in {folder}"):
-        from jenga import demo
+    from jenga import demo
 
+    folder = Path(model.path)
+    if folder.name != model.demo:
+        raise ConfigError(
+            f"model.path: a demo model lies in a folder of its own name: {folder.parent / model.demo}, not {folder}"
+        )
+    with progress.phase(f"demo model {model.demo}"):
         try:
-            demo.make(model.demo, folder)
-        except (ValueError, KeyError) as error:
+            demo.make(model.demo, folder.parent)
+        except demo.DemoModelError as error:
             raise ConfigError(f"model.demo: {error}") from None
 
 
 def _node_ports(options: Options, isolated: bool, public: list[int]) -> node.NodePorts:
     """Ports for Ray's node: free ones here, or any inside a namespace of its own."""
-    count = 7
-    if isolated:
-        inner = [port for port in _INNER_PORTS if port not in public][:count]
-    else:
-        inner = free_ports(count)
     names = ("gcs", "client", "agent_grpc", "agent_http", "runtime_env", "node_manager", "object_manager")
+    count = len(names)
+    inner = [port for port in _INNER_PORTS if port not in public][:count] if isolated else free_ports(count)
     return node.NodePorts(
         dashboard=options.dashboard_port,
         metrics=options.metrics_port,
@@ -409,13 +412,14 @@ def _report(running: Record, answer: Answer, progress: Progress) -> None:
     )
 
 
-def _keep_logs(running: Record) -> None:
+def _keep_logs(running: Record, console: Console) -> None:
     """Ray's logs of a failed start, beside our own; Ray's folder itself is removed."""
-    source = Path(running.ray_dir) / "session_latest" / "logs"
+    source = Path(running.ray_dir) / "ray" / "session_latest" / "logs"
     target = Path(running.log).parent / "last-failure"
     shutil.rmtree(target, ignore_errors=True)
     with contextlib.suppress(OSError, shutil.Error):
         shutil.copytree(source, target)
+        console.print(f"[dim]Ray's logs of this start: {escape(str(target))}[/]", highlight=False, soft_wrap=True)
 
 
 def _end(running: Record, folder: Path) -> None:
