@@ -36,6 +36,14 @@ class LatentAttention(FullAttention):
     kind: ClassVar[str] = "mla"
 
 
+@register
+@dataclass(frozen=True)
+class LatentIndexer(FullAttention):
+    """Keys by which sparse MLA picks the tokens to attend to: the rules of full attention, pages of their own size."""
+
+    kind: ClassVar[str] = "mla_indexer"
+
+
 class _TrailingRun(LayerPolicy):
     """Shared by layer types where a hit of n pages needs the run of pages from some start up to n."""
 

@@ -35,6 +35,14 @@ class LayerPolicy(ABC):
     def usable(self, pages: int, cached: CachedTest, page_tokens: int) -> bool:
         """Whether a prefix of exactly `pages` pages can be resumed from what is cached."""
 
+    def holds(self, page: int, page_tokens: int) -> bool:
+        """Whether the layer type ever stores anything for `page`; a page it does not hold takes no memory."""
+        return True
+
+    def reusable(self, page: int, tokens: int, page_tokens: int) -> bool:
+        """Whether `page`, of a sequence with `tokens` computed tokens, can serve a hit once it is released."""
+        return self.holds(page, page_tokens) and (page + 1) * page_tokens <= tokens
+
     def pages_needed(self, tokens: int, page_tokens: int) -> int:
         """Pages that a sequence of `tokens` tokens keeps resident."""
         return max(0, -(-tokens // page_tokens) - self.resident_from(tokens, page_tokens))
@@ -55,7 +63,10 @@ class LayerPolicy(ABC):
         return frozenset(n for n in range(limit + 1) if n == 0 or self.usable(n, cached, page_tokens))
 
     def pages_of_hit(self, pages: int, page_tokens: int) -> range:
-        """Page indices that a request must hold to resume after a hit of `pages` pages."""
+        """Page indices that a request must hold to resume after a hit of `pages` pages.
+
+        Where `holds` says that a page takes no memory there is nothing to hold.
+        """
         return range(min(pages, self.resident_from(pages * page_tokens, page_tokens)), pages)
 
     def last_use(self, page: int, tokens: int, page_tokens: int) -> int:
