@@ -1,0 +1,47 @@
+"""Fixed splits of the buffer, sized for a workload's typical sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from jenga.layers import Counts, pages_held
+from jenga.layout import LayerGroup
+from jenga.strategies.base import PlanError, Workload
+from jenga.strategies.pools import Partitions
+
+
+def split(
+    strategy: str,
+    model: str,
+    groups: Sequence[LayerGroup],
+    counts: Sequence[Counts],
+    memory_bytes: int,
+    workload: Workload,
+) -> Partitions:
+    """Give every group the share of the buffer that sequences of the typical lengths, mixed evenly, hold in it.
+
+    ``counts[g]`` says which tokens group ``g`` stores something for.
+
+    Raises:
+        PlanError: not even one sequence of the shortest typical length fits.
+    """
+    strides = [-(-g.page_bytes // g.alignment) * g.alignment for g in groups]
+    mean = [
+        Fraction(
+            sum(pages_held(g.policy, counted.length(n, workload.image_tokens), g.page_tokens) for n in workload.tokens),
+            len(workload.tokens),
+        )
+        for g, counted in zip(groups, counts, strict=True)
+    ]
+    usable = memory_bytes - sum(strides)  # one null page for every group
+    per_sequence = sum(m * s for m, s in zip(mean, strides, strict=True))
+    sequences = usable / per_sequence if per_sequence else Fraction(0)
+    slots = tuple(1 + max(1, int(sequences * m)) for m in mean)
+    taken = sum(n * s for n, s in zip(slots, strides, strict=True))
+    if sequences <= 0 or taken > memory_bytes:
+        raise PlanError(
+            f"{model}, strategy {strategy}: a fixed split of {memory_bytes} bytes leaves some layer type without a "
+            f"page; give at least {sum(2 * s for s in strides)} bytes, or a higher --tp"
+        )
+    return Partitions(slots, tuple(strides))
