@@ -1,0 +1,425 @@
+"""Prefix caching over a pool of small pages: which request holds which page, and what else can use its contents.
+
+A request's tokens are known here only by *keys*: ``keys[g][i]`` names the contents of page ``i`` of group ``g``
+together with everything before it, so equal keys mean an equal prefix.  A page under its key in the group's index
+can serve a hit, whether some request still holds it (live) or none does (cached, evictable).
+
+What is worth keeping is decided once, when a request is admitted: the *boundaries* where a later request is likely to
+resume, which are the end of its prompt and the end of what it shares with earlier ones (`Hit.furthest`).  Layer types
+that need everything (full attention) keep everything; windows and states are kept only where a hit at a boundary
+needs them, so the rest of a long prompt's windows does not push other prompts out of the cache.
+
+Not safe for use by several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from math import lcm
+from typing import Protocol
+
+from jenga.allocator import EvictCallback, OutOfPagesError, Usage
+from jenga.hits import GroupCache, Hit, longest_common_hit
+from jenga.metrics import LiveUse
+from jenga.policies import CachedTest, LayerPolicy
+
+Keys = Sequence[Sequence[int]]
+"""``keys[g][i]``: contents of page ``i`` of group ``g`` and of all before it; complete pages only."""
+
+
+class CachedGroup(Protocol):
+    """What the cache must know of a layer group (`jenga.layout.LayerGroup` is one)."""
+
+    @property
+    def policy(self) -> LayerPolicy: ...
+    @property
+    def page_tokens(self) -> int: ...
+
+
+class PagePool(Protocol):
+    """Where pages come from (`jenga.allocator.TwoLevelAllocator` is one)."""
+
+    @property
+    def available(self) -> int: ...
+    def tick(self) -> None: ...
+    def expect(self, pages: Sequence[int]) -> None: ...
+    def allocate(self, group: int, count: int) -> list[int]: ...
+    def release(self, group: int, page: int, keep: bool) -> None: ...
+    def revive(self, group: int, page: int) -> None: ...
+    def fits(self, pages: Sequence[int], pins: Sequence[list[int]] = ()) -> bool: ...
+    def usage(self) -> Usage: ...
+
+
+class RequestError(Exception):
+    """A request is not in the state that the operation assumes; nothing was changed."""
+
+
+class UnknownRequestError(RequestError):
+    """No such request holds pages (never admitted, or released already)."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a prompt finds in the cache."""
+
+    hit: Hit
+    pages: tuple[dict[int, int], ...]
+    """Per group, the pages that a request resuming there must hold: index in the sequence -> small page."""
+
+
+_FAR = 1 << 40  # tokens; longer than any sequence
+
+
+class _Sequence:
+    """One request's block tables."""
+
+    __slots__ = ("boundaries", "computed", "dropped", "ends", "keep", "keys", "pages")
+
+    def __init__(self, keys: Keys, computed: int, match: Match, ends: list[int]) -> None:
+        self.keys = keys
+        self.computed = computed
+        self.pages = [dict(held) for held in match.pages]
+        self.ends = ends  # per group, the first page index not allocated yet
+        self.dropped = [0] * len(ends)  # per group, pages before this index have been dropped
+        self.boundaries: tuple[int, ...] = ()
+        self.keep: list[list[range]] = []  # per group, the pages that hits at the boundaries need
+
+
+class PrefixCache:
+    """Block tables, reference counts and the prefix index of all groups.
+
+    `pool` is called with the eviction callback and returns the pool to use.  `groups` in the pool's order.
+    """
+
+    def __init__(self, groups: Sequence[CachedGroup], pool: Callable[[EvictCallback], PagePool]) -> None:
+        self.groups = tuple(groups)
+        self.alignment = lcm(*(g.page_tokens for g in groups))
+        """Granularity of hits, in tokens."""
+        self.pool = pool(self._evicted)
+        self.has_states = any(not g.policy.token_pages for g in groups)
+        self._sequences: dict[Hashable, _Sequence] = {}
+        self._index: list[dict[int, int]] = [{} for _ in groups]
+        self._key: list[dict[int, int]] = [{} for _ in groups]  # the index, turned round
+        self._refs: list[dict[int, int]] = [{} for _ in groups]
+        self._dense = [g.policy.resident_from(_FAR, g.page_tokens) == 0 for g in groups]  # need every page
+        # They bound a hit most tightly: ask them first.
+        self._lookup_order = sorted(range(len(groups)), key=lambda g: not self._dense[g])
+        self._grown: list[Hashable] = []  # since the last `end_step`
+
+    # -- questions ------------------------------------------------------------------------------------------
+
+    def __contains__(self, request: Hashable) -> bool:
+        return request in self._sequences
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def computed(self, request: Hashable) -> int:
+        """Tokens of `request` whose memory is written.
+
+        Raises:
+            UnknownRequestError: it holds no pages.
+        """
+        return self._require(request).computed
+
+    def pages(self, request: Hashable, group: int) -> dict[int, int]:
+        """Pages that `request` holds in `group`: index in the sequence -> small page.
+
+        Raises:
+            UnknownRequestError: it holds no pages.
+        """
+        return dict(self._require(request).pages[group])
+
+    def lookup(self, keys: Keys, limit_tokens: int) -> Match:
+        """The longest prefix of at most `limit_tokens` tokens that can be resumed.  No side effects."""
+        caches = [
+            GroupCache(self.groups[g].policy, self.groups[g].page_tokens, _cached_test(self._index[g], keys[g]))
+            for g in self._lookup_order
+        ]
+        hit = longest_common_hit(caches, limit_tokens, self.alignment)
+        pages: list[dict[int, int]] = []
+        for g, group in enumerate(self.groups):
+            needed = group.policy.pages_of_hit(hit.tokens // group.page_tokens, group.page_tokens)
+            index, own = self._index[g], keys[g]
+            pages.append({i: index[own[i]] for i in needed})
+        return Match(hit, tuple(pages))
+
+    def needs(self, match: Match, tokens: int, chunk: int) -> list[int]:
+        """New small pages per group to compute a sequence of `tokens` tokens from `match` on, at its peak.
+
+        `chunk` is the most tokens computed at once: windows slide only between chunks.
+        """
+        boundaries = self._boundaries(match.hit, tokens)
+        needs = []
+        for group, held in zip(self.groups, match.pages, strict=True):
+            size = group.page_tokens
+            if group.policy.token_pages:
+                # The last chunk may start anywhere in a page.
+                first = group.policy.resident_from(max(match.hit.tokens, tokens - chunk - size + 1), size)
+                kept = sum(1 for i in held if i >= first) if first else len(held)
+                needs.append(-(-tokens // size) - first - kept)
+            else:  # the state; while it leaves one behind at a boundary, both
+                needs.append(2 if boundaries and not held else 1)
+        return needs
+
+    def fits(self, match: Match, tokens: int, chunk: int) -> bool:
+        """Whether a sequence of `tokens` tokens has room now, with the pages of `match` held.
+
+        Exact for the first chunk.  Windows that slide may leave large pages partly used, so a later chunk can still
+        find no page although nothing else was admitted.
+        """
+        pins = [list(held.values()) for held in match.pages]
+        return self.pool.fits(self.needs(match, tokens, chunk), pins)
+
+    def room(self, request: Hashable) -> int:
+        """Length in tokens up to which `request` can grow in the pages it holds.
+
+        Raises:
+            UnknownRequestError: it holds no pages.
+        """
+        sequence = self._require(request)
+        room = _FAR
+        for g, group in enumerate(self.groups):
+            if group.policy.token_pages:
+                room = min(room, sequence.ends[g] * group.page_tokens)
+            elif self._running_state(g, sequence) is None:  # what it holds must stay as it is
+                room = sequence.computed
+        return room
+
+    def next_stop(self, request: Hashable, tokens: int) -> int:
+        """`tokens`, or the earlier length at which computing must pause so that a state can be kept there.
+
+        Raises:
+            UnknownRequestError: it holds no pages.
+        """
+        sequence = self._require(request)
+        if not self.has_states:
+            return tokens
+        return min((b for b in sequence.boundaries if sequence.computed < b < tokens), default=tokens)
+
+    def live_use(self) -> Iterator[LiveUse]:
+        """Pages that are held, but not needed or not full (those not named are both)."""
+        for sequence in self._sequences.values():
+            for g, group in enumerate(self.groups):
+                first = self._resident(g, sequence.computed)
+                stale = 0
+                if first > sequence.dropped[g]:
+                    refs = self._refs[g]
+                    stale = sum(1 for i, page in sequence.pages[g].items() if i < first and refs[page] == 1)
+                empty = 0
+                if group.policy.token_pages:
+                    empty = max(0, sequence.ends[g] * group.page_tokens - sequence.computed)
+                partial = -(-empty // group.page_tokens)
+                if stale or partial:
+                    yield LiveUse(g, stale + partial, partial, empty)
+
+    # -- operations -----------------------------------------------------------------------------------------
+
+    def admit(self, request: Hashable, keys: Keys, match: Match, prompt_tokens: int) -> None:
+        """Start `request`: hold the pages of `match`, and choose what to keep of a prompt of `prompt_tokens` tokens.
+
+        Raises:
+            RequestError: it is admitted already, or `match` is outdated.
+        """
+        if request in self._sequences:
+            raise RequestError(f"request {request!r} is admitted already: release it first")
+        for g, held in enumerate(match.pages):
+            for i, page in held.items():
+                if self._key[g].get(page) != keys[g][i]:
+                    raise RequestError(f"request {request!r}: page {page} of group {g} is gone, look up again")
+        start = match.hit.tokens
+        sequence = _Sequence(keys, start, match, [start // g.page_tokens for g in self.groups])
+        for g, held in enumerate(match.pages):
+            refs = self._refs[g]
+            for page in held.values():
+                count = refs.get(page, 0)
+                if not count:
+                    self.pool.revive(g, page)
+                refs[page] = count + 1
+        sequence.boundaries = self._boundaries(match.hit, prompt_tokens)
+        for group in self.groups:
+            size = group.page_tokens
+            sequence.keep.append([group.policy.pages_of_hit(b // size, size) for b in sequence.boundaries])
+        self._sequences[request] = sequence
+
+    def grow(self, request: Hashable, tokens: int) -> None:
+        """Compute `request` up to a length of `tokens` tokens: add the pages for that and index what is complete.
+
+        Raises:
+            UnknownRequestError: it holds no pages.
+            RequestError: it is that long already.
+            OutOfPagesError: the pages are not there; nothing was changed.
+        """
+        sequence = self._require(request)
+        if tokens <= sequence.computed:
+            raise RequestError(
+                f"request {request!r} has {sequence.computed} tokens already: it cannot grow to {tokens}"
+            )
+        new = [self._new_pages(g, sequence, tokens) for g in range(len(self.groups))]
+        counts = [len(indices) for indices in new]
+        if any(counts):
+            if not self.pool.fits(counts):
+                raise OutOfPagesError(
+                    f"request {request!r} needs {counts} more pages for {tokens} tokens, "
+                    f"{self.pool.available} large pages are available"
+                )
+            self.pool.expect(counts)
+            for g, indices in enumerate(new):
+                if indices:
+                    pages = self.pool.allocate(g, len(indices))
+                    sequence.pages[g].update(zip(indices, pages, strict=True))
+                    refs = self._refs[g]
+                    for page in pages:
+                        refs[page] = 1
+        self._write(sequence, tokens)
+        self._grown.append(request)
+
+    def end_step(self) -> None:
+        """The tokens of the latest `grow` calls are computed: drop what their requests no longer need.
+
+        Not earlier: the kernels of a step still read the windows and states that it leaves behind.
+        """
+        for request in self._grown:
+            sequence = self._sequences.get(request)
+            if sequence is not None:
+                for g in range(len(self.groups)):
+                    self._drop(g, sequence)
+        self._grown.clear()
+
+    def advance(self, request: Hashable, tokens: int) -> None:
+        """Like `grow`, within the pages held (see `room`); windows are not moved.
+
+        Raises:
+            UnknownRequestError: it holds no pages.
+            RequestError: `tokens` is beyond its room, or behind what it has computed.
+        """
+        sequence = self._require(request)
+        if not sequence.computed <= tokens <= self.room(request):
+            raise RequestError(
+                f"request {request!r} cannot advance from {sequence.computed} to {tokens} tokens: "
+                f"its pages end at {self.room(request)}"
+            )
+        self._write(sequence, tokens)
+
+    def release(self, request: Hashable) -> None:
+        """`request` has ended or is preempted: give its pages back; what is indexed stays cached.
+
+        The tail goes first, in all groups at once: eviction then shortens the prefix evenly.
+
+        Raises:
+            UnknownRequestError: it holds no pages.
+        """
+        sequence = self._require(request)
+        self._keep_end(sequence)
+        del self._sequences[request]
+        held = [
+            (-(i + 1) * self.groups[g].page_tokens, g, page)
+            for g, pages in enumerate(sequence.pages)
+            for i, page in pages.items()
+        ]
+        held.sort()
+        for _, g, page in held:
+            self._unhold(g, page)
+
+    def snapshot_index(self) -> tuple[dict[int, int], ...]:
+        """Per group, a copy of the index: key -> page (debugging)."""
+        return tuple(dict(index) for index in self._index)
+
+    # -- internals ------------------------------------------------------------------------------------------
+
+    def _require(self, request: Hashable) -> _Sequence:
+        try:
+            return self._sequences[request]
+        except KeyError:
+            raise UnknownRequestError(f"request {request!r} holds no pages: never admitted, or released") from None
+
+    def _resident(self, g: int, tokens: int) -> int:
+        group = self.groups[g]
+        return group.policy.resident_from(tokens, group.page_tokens)
+
+    def _boundaries(self, hit: Hit, prompt_tokens: int) -> tuple[int, ...]:
+        """Lengths at which to keep what a hit there needs, in tokens, ascending."""
+        # A hit leaves at least one token to compute, so an equal prompt resumes before its last token.
+        ends = {(prompt_tokens - 1) // self.alignment * self.alignment, hit.furthest // self.alignment * self.alignment}
+        return tuple(sorted(b for b in ends if b > hit.tokens))
+
+    def _new_pages(self, g: int, sequence: _Sequence, tokens: int) -> Sequence[int]:
+        """Indices of the pages to allocate."""
+        size = self.groups[g].page_tokens
+        if self.groups[g].policy.token_pages:
+            return range(sequence.ends[g], -(-tokens // size))
+        return () if self._running_state(g, sequence) is not None else ((tokens - 1) // size,)
+
+    def _running_state(self, g: int, sequence: _Sequence) -> int | None:
+        """Index under which a state is held that may be overwritten: one that no hit can use."""
+        return next((i for i, page in sequence.pages[g].items() if page not in self._key[g]), None)
+
+    def _drop(self, g: int, sequence: _Sequence) -> None:
+        first = self._resident(g, sequence.computed)
+        start = sequence.dropped[g]
+        if first <= start:
+            return
+        sequence.dropped[g] = first
+        held = sequence.pages[g]
+        indices = [i for i in held if i < first] if len(held) < first - start else range(start, first)
+        for i in indices:
+            page = held.pop(i, None)
+            if page is not None:
+                self._unhold(g, page)
+
+    def _unhold(self, g: int, page: int) -> None:
+        refs = self._refs[g]
+        count = refs[page]
+        if count > 1:
+            refs[page] = count - 1
+            return
+        del refs[page]
+        self.pool.tick()
+        self.pool.release(g, page, page in self._key[g])
+
+    def _write(self, sequence: _Sequence, tokens: int) -> None:
+        """Tokens up to `tokens` are computed: index the pages completed by that which are worth keeping."""
+        before, sequence.computed = sequence.computed, tokens
+        for g, group in enumerate(self.groups):
+            size = group.page_tokens
+            if not group.policy.token_pages:
+                running = self._running_state(g, sequence)
+                held = sequence.pages[g]
+                if running is not None:
+                    held[(tokens - 1) // size] = held.pop(running)
+                if tokens in sequence.boundaries:
+                    self._index_pages(g, sequence, range(tokens // size - 1, tokens // size))
+                continue
+            sequence.ends[g] = max(sequence.ends[g], -(-tokens // size))
+            first, last = before // size, tokens // size
+            if self._dense[g]:
+                self._index_pages(g, sequence, range(first, last))
+            elif first < last:
+                for kept in sequence.keep[g]:
+                    self._index_pages(g, sequence, range(max(first, kept.start), min(last, kept.stop)))
+
+    def _keep_end(self, sequence: _Sequence) -> None:
+        """The next turn of a conversation resumes where this one ends: its windows are at hand, so keep them too."""
+        tokens = sequence.computed // self.alignment * self.alignment
+        for g, group in enumerate(self.groups):
+            if group.policy.token_pages and not self._dense[g]:
+                window = group.policy.pages_of_hit(tokens // group.page_tokens, group.page_tokens)
+                if all(i in sequence.pages[g] for i in window):
+                    self._index_pages(g, sequence, window)
+
+    def _index_pages(self, g: int, sequence: _Sequence, indices: range) -> None:
+        index, key_of, held, keys = self._index[g], self._key[g], sequence.pages[g], sequence.keys[g]
+        for i in indices:
+            page = held.get(i)
+            # A second copy of known contents stays private: it is freed with its request.
+            if page is not None and i < len(keys) and keys[i] not in index and page not in key_of:
+                index[keys[i]] = page
+                key_of[page] = keys[i]
+
+    def _evicted(self, g: int, page: int) -> None:
+        del self._index[g][self._key[g].pop(page)]
+
+
+def _cached_test(index: dict[int, int], keys: Sequence[int]) -> CachedTest:
+    return lambda page: keys[page] in index

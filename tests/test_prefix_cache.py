@@ -1,0 +1,211 @@
+"""The prefix cache against a plain model: what a page holds is what was last written to it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jenga.allocator import OutOfPagesError, PageState, TwoLevelAllocator
+from jenga.policies import FullAttention, LayerPolicy, RecurrentState, SlidingWindow
+from jenga.prefix_cache import PrefixCache, RequestError, UnknownRequestError
+from jenga.traces import TraceRequest
+
+
+@dataclass(frozen=True)
+class Group:
+    policy: LayerPolicy
+    page_tokens: int
+
+
+MODELS = {
+    "full": ([Group(FullAttention(), 4)], [3]),
+    "window": ([Group(SlidingWindow(10), 4), Group(FullAttention(), 8)], [5, 2]),
+    "state": ([Group(RecurrentState(), 8), Group(FullAttention(), 4)], [1, 6]),
+    "all": ([Group(RecurrentState(), 4), Group(SlidingWindow(9), 4), Group(FullAttention(), 4)], [2, 3, 4]),
+}
+
+
+def request(serial: int, shared: int, tokens: int, output: int, family: int = 0) -> TraceRequest:
+    """`shared` blocks of 4 tokens are the same for all of a family."""
+    total = -(-tokens // 4)
+    common = min(shared, total)
+    blocks = tuple(1000 * family + i for i in range(common)) + tuple(
+        10**6 * (serial + 1) + i for i in range(common, total)
+    )
+    return TraceRequest(serial, 0.0, tokens, output, blocks, 4, tokens)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Random requests on a small pool."""
+
+    @initialize(model=st.sampled_from(sorted(MODELS)), pages=st.integers(8, 40))
+    def start(self, model: str, pages: int) -> None:
+        self.groups, ratios = MODELS[model]
+        self.cache = PrefixCache(
+            self.groups, lambda evicted: TwoLevelAllocator(pages, ratios, reserved=1, on_evict=evicted)
+        )
+        self.pool: TwoLevelAllocator = self.cache.pool  # type: ignore[assignment]
+        self.contents: dict[tuple[int, int], object] = {}
+        self.requests: dict[int, tuple[TraceRequest, list[list[int]], int]] = {}
+        self.serial = 0
+
+    # -- the model ------------------------------------------------------------------------------------------
+
+    def brute_force_hit(self, keys: list[list[int]], limit: int) -> int:
+        indexes = self.cache.snapshot_index()
+        return max(
+            n
+            for n in range(0, limit + 1, self.cache.alignment)
+            if all(
+                g.policy.usable(n // g.page_tokens, lambda i, a=index, k=own: k[i] in a, g.page_tokens)
+                for g, index, own in zip(self.groups, indexes, keys, strict=True)
+            )
+        )
+
+    def write(self, serial: int, before: int, tokens: int, indexed: tuple[set[int], ...]) -> None:
+        """The step's kernels write; nobody else may depend on what they overwrite."""
+        _, keys, _ = self.requests[serial]
+        for g, group in enumerate(self.groups):
+            size = group.page_tokens
+            held = self.cache.pages(serial, g)
+            first = before // size if group.policy.token_pages else (tokens - 1) // size
+            for i in range(first, -(-tokens // size)):
+                page = held[i]
+                assert page not in indexed[g], f"page {page} of group {g} was overwritten while it could serve hits"
+                others = [r for r in self.requests if r != serial and page in self.cache.pages(r, g).values()]
+                assert not others, f"page {page} of group {g} is also held by {others}"
+                done = tokens % size == 0 if not group.policy.token_pages else (i + 1) * size <= tokens
+                self.contents[g, page] = keys[g][i] if done else ("partial", serial, i)
+
+    def grow(self, serial: int, tokens: int) -> None:
+        trace, keys, cap = self.requests[serial]
+        before = self.cache.computed(serial)
+        indexed = tuple(set(index.values()) for index in self.cache.snapshot_index())
+        live = {(g, p) for r in self.requests for g in range(len(self.groups)) for p in self.cache.pages(r, g).values()}
+        self.cache.grow(serial, tokens)
+        still = tuple({p for p in pages if (g, p) in live} for g, pages in enumerate(indexed))
+        self.write(serial, before, tokens, still)  # what was only cached may have been evicted for this
+        self.cache.end_step()
+
+    # -- rules ----------------------------------------------------------------------------------------------
+
+    @rule(
+        shared=st.integers(0, 20), tokens=st.integers(1, 70), output=st.integers(0, 30), family=st.integers(0, 1),
+        chunk=st.sampled_from([5, 16, 64]),
+    )  # fmt: skip
+    def arrive(self, shared: int, tokens: int, output: int, family: int, chunk: int) -> None:
+        self.serial += 1
+        trace = request(self.serial, shared, tokens, output, family)
+        keys = [trace.keys(g.page_tokens) for g in self.groups]
+        match = self.cache.lookup(keys, tokens - 1)
+        assert match.hit.tokens == self.brute_force_hit(keys, tokens - 1)
+        for g, held in enumerate(match.pages):
+            for i, page in held.items():
+                assert self.contents[g, page] == keys[g][i], "a hit would read other contents"
+        if not self.cache.fits(match, tokens, chunk):
+            return
+        self.cache.admit(self.serial, keys, match, tokens)
+        self.requests[self.serial] = (trace, keys, trace.tokens)
+        start = self.cache.computed(self.serial)
+        while (done := self.cache.computed(self.serial)) < tokens:
+            try:
+                self.grow(self.serial, self.cache.next_stop(self.serial, min(tokens, done + chunk)))
+            except OutOfPagesError:
+                # Windows that slide can leave large pages partly used, so only all at once is sure to fit.
+                assert done > start
+                self.cache.release(self.serial)
+                del self.requests[self.serial]
+                return
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), count=st.integers(1, 9))
+    def decode(self, data: st.DataObject, count: int) -> None:
+        serial = data.draw(st.sampled_from(sorted(self.requests)))
+        trace, _, _ = self.requests[serial]
+        for _ in range(count):
+            tokens = self.cache.computed(serial) + 1
+            if tokens > trace.tokens:
+                return
+            if tokens <= self.cache.room(serial):
+                before, indexed = tokens - 1, tuple(set(i.values()) for i in self.cache.snapshot_index())
+                self.cache.advance(serial, tokens)
+                self.write(serial, before, tokens, indexed)
+                continue
+            usage, held = self.pool.usage(), [self.cache.pages(serial, g) for g in range(len(self.groups))]
+            try:
+                self.grow(serial, tokens)
+            except OutOfPagesError:
+                assert self.pool.usage() == usage
+                assert [self.cache.pages(serial, g) for g in range(len(self.groups))] == held
+                self.release(data)
+                return
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        serial = data.draw(st.sampled_from(sorted(self.requests)))
+        self.cache.release(serial)
+        del self.requests[serial]
+        usage = self.pool.usage()
+        with pytest.raises(UnknownRequestError, match=str(serial)):
+            self.cache.release(serial)
+        assert self.pool.usage() == usage
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def admit_twice(self, data: st.DataObject) -> None:
+        serial = data.draw(st.sampled_from(sorted(self.requests)))
+        trace, keys, _ = self.requests[serial]
+        match = self.cache.lookup(keys, trace.prompt_tokens - 1)
+        usage = self.pool.usage()
+        with pytest.raises(RequestError, match=str(serial)):
+            self.cache.admit(serial, keys, match, trace.prompt_tokens)
+        assert self.pool.usage() == usage
+
+    # -- what must always hold ------------------------------------------------------------------------------
+
+    @invariant()
+    def books_balance(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        self.pool.check()
+        usage = self.pool.usage()
+        for g, index in enumerate(self.cache.snapshot_index()):
+            holders = Counter(p for r in self.requests for p in self.cache.pages(r, g).values())
+            assert usage.groups[g].live == len(holders), "live pages are those that requests hold"
+            assert usage.groups[g].cached == sum(1 for p in index.values() if p not in holders)
+            assert len(set(index.values())) == len(index)
+            for key, page in index.items():
+                assert self.contents[g, page] == key
+                wanted = PageState.LIVE if page in holders else PageState.CACHED
+                assert self.pool.state(g, page) == wanted
+
+    @invariant()
+    def requests_have_what_they_need(self) -> None:
+        for serial, (_, keys, _) in getattr(self, "requests", {}).items():
+            computed = self.cache.computed(serial)
+            for g, group in enumerate(self.groups):
+                held, size = self.cache.pages(serial, g), group.page_tokens
+                for i in range(group.policy.resident_from(computed, size), -(-computed // size)):
+                    whole = computed % size == 0 if not group.policy.token_pages else (i + 1) * size <= computed
+                    expected = keys[g][i] if whole else ("partial", serial, i)
+                    assert self.contents[g, held[i]] == expected
+
+    def teardown(self) -> None:
+        if hasattr(self, "cache"):
+            for serial in list(self.requests):
+                self.cache.release(serial)
+            self.requests.clear()
+            self.books_balance()
+            assert all(group.live == 0 for group in self.pool.usage().groups)
+
+
+CacheMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestCacheMachine = CacheMachine.TestCase
