@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from deployments.config import ConfigError, ServeFile, load
 from deployments.failures import root_cause
-from deployments.local import isolation, node, record
+from deployments.local import isolation, node, processes, record
 from deployments.local.api import ServeApi, State
 from deployments.local.ports import PortError, free_ports, listen
 from deployments.local.processes import ProcessId
@@ -118,8 +118,8 @@ def _serve(path: Path, config: ServeFile, options: Options, progress: Progress, 
     sockets = _public_sockets(config, options)
     try:
         isolated, reason = _choose_isolation(options)
-        if not isolated:
-            _warn_open(progress.console, reason)
+        if reason:
+            progress.console.print(f"[yellow]note:[/] no namespaces: {escape(reason)}", highlight=False)
         _make_demo_model(config, progress)
         log = folder.parent / "log" / "serve.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +160,8 @@ def _serve(path: Path, config: ServeFile, options: Options, progress: Progress, 
             _end(running, folder)
         raise
     _report(running, answer, progress)
+    if not isolated:
+        _warn_open(progress.console, running)
     return running
 
 
@@ -252,11 +254,14 @@ def _choose_isolation(options: Options) -> tuple[bool, str | None]:
     return reason is None, reason
 
 
-def _warn_open(console: Console, reason: str | None) -> None:
+def _warn_open(console: Console, running: Record) -> None:
+    """Without a network namespace: what listens beyond the loopback."""
+    found = "; ".join(processes.open_listeners(running.supervisor.pid)) or "nothing just now"
     console.print(
-        f"[yellow]warning:[/] Ray runs without a network namespace ({escape(str(reason))}). "
-        "REST and dashboard listen where they were told; Ray's own services (GCS, raylet, object manager, "
-        "metrics agent, workers) listen on every interface of this machine: use it behind a firewall only."
+        "[yellow]warning:[/] Ray has no network namespace of its own. Beyond the loopback listen: "
+        f"{escape(found)}. Ray may open more: keep this machine behind a firewall.",
+        soft_wrap=True,
+        highlight=False,
     )
 
 
@@ -280,7 +285,8 @@ def _make_demo_model(config: ServeFile, progress: Progress) -> None:
 
 def _node_ports(options: Options, isolated: bool, public: list[int]) -> node.NodePorts:
     """Ports for Ray's node: free ones here, or any inside a namespace of its own."""
-    names = ("gcs", "client", "agent_grpc", "agent_http", "runtime_env", "node_manager", "object_manager")
+    chosen = ("dashboard", "metrics")
+    names = [field.name for field in fields(node.NodePorts) if field.name not in chosen]
     count = len(names)
     inner = [port for port in _INNER_PORTS if port not in public][:count] if isolated else free_ports(count)
     return node.NodePorts(
@@ -318,7 +324,7 @@ def _spawn(
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=list(listeners.values()),
-            env=node.environment(os.environ, package_root),
+            env=node.environment(os.environ, ports, package_root),
         )
     identity = ProcessId.of(process.pid)
     if identity is None:

@@ -23,6 +23,8 @@ class NodePorts:
     runtime_env: int
     node_manager: int
     object_manager: int
+    autoscaler_metrics: int
+    dashboard_metrics: int
 
 
 def command(ports: NodePorts, temp_dir: str, cpus: int) -> list[str]:
@@ -49,12 +51,15 @@ def command(ports: NodePorts, temp_dir: str, cpus: int) -> list[str]:
     return [*ray, "start", "--head", "--block", "--disable-usage-stats", *flags]
 
 
-def environment(outer: Mapping[str, str], working_dir: str) -> dict[str, str]:
+def environment(outer: Mapping[str, str], ports: NodePorts, working_dir: str) -> dict[str, str]:
     """The environment of the node and, through it, of every replica."""
     inner = {key: value for key, value in outer.items() if key not in _FOREIGN}
     return inner | {
         "RAY_USAGE_STATS_ENABLED": "0",
         "DO_NOT_TRACK": "1",
+        # Two ports that `ray start` has no option for.
+        "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
+        "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
         # Ray's own requests to the loopback must not go to a proxy.
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",

@@ -50,3 +50,15 @@ class ProcessId:
 def boot_id() -> str:
     """Changes at every boot, so that start times of different boots are never compared."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def open_listeners(pid: int) -> list[str]:
+    """`address:port (process)` of each TCP socket of a process's descendants that listens beyond the loopback."""
+    found = set()
+    for member in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            for socket in member.net_connections("tcp"):
+                address = socket.laddr.ip.removeprefix("::ffff:")
+                if socket.status == psutil.CONN_LISTEN and not (address.startswith("127.") or address == "::1"):
+                    found.add(f"{address}:{socket.laddr.port} ({member.name()})")
+    return sorted(found)

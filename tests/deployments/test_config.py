@@ -1,0 +1,127 @@
+"""The serving configuration: what is refused, and in which words."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.config import Autoscaling, ConfigError, load, parse_serving
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def plain() -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / "demo.yaml").read_text())
+
+
+def write(tmp_path: Path, data: Any) -> Path:
+    path = tmp_path / "serving.yaml"
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return path
+
+
+def serving_files() -> list[Path]:
+    return [path for path in sorted(CONFIGS.glob("*.yaml")) if "applications" in yaml.safe_load(path.read_text())]
+
+
+@pytest.mark.parametrize("path", serving_files(), ids=lambda path: path.name)
+def test_shipped_files_are_valid_and_survive_the_way_through_ray(path: Path) -> None:
+    config = load(path)
+    again = parse_serving(config.to_ray()["applications"][0]["args"])
+    assert again == config.application.args
+
+
+def test_demo_names_two_replicas_of_64_mib() -> None:
+    args = load(CONFIGS / "demo.yaml").application.args
+    assert args.max_replicas == 2
+    assert args.engine.kv_memory == 64 * 2**20
+
+
+def put(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
+    data = copy.deepcopy(data)
+    *path, last = where.split(".")
+    node = data
+    for key in path:
+        node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+    node[last] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        ("htp_options", {}, ["top level: unknown key 'htp_options'; did you mean 'http_options'?"]),
+        ("http_options.prot", 1, ["http_options: unknown key 'prot'; did you mean 'port'?"]),
+        ("http_options.port", 0, ["http_options.port", "not 0"]),
+        (
+            "applications.0.args.engine.max_modellen",
+            9,
+            ["applications[0].args.engine: unknown key 'max_modellen'; did you mean 'max_model_len'?"],
+        ),
+        ("applications.0.args.engine.block_size", "big", ["args.engine.block_size", "not 'big'"]),
+        ("applications.0.args.engine.kv_memory", "lots", ["args.engine.kv_memory", "not 'lots'"]),
+        ("applications.0.args.engine.extra", {"model": "x"}, ["'model' is set by `model.path`"]),
+        ("applications.0.args.replicas", "two", ["args.replicas: input should be a valid integer", "not 'two'"]),
+        ("applications.0.args.replicas", {"min": 3, "max": 1}, ["args.replicas: min (3) is above max (1)"]),
+        ("applications.0.args.replicas", {"mni": 3}, ["args.replicas: unknown key 'mni'; did you mean 'min'?"]),
+        ("applications.0.args.router.policy", "random", ["args.router.policy", "'prefix-affinity'", "not 'random'"]),
+        ("applications.0.args.environment", {"A": [1]}, ["args.environment.A", "not [1]"]),
+        ("applications.0.import_path", "other:app", ["applications[0].import_path", "deployments.app:build"]),
+        ("applications", [], ["applications"]),
+    ],
+)
+def test_faults_are_named_with_their_place(
+    plain: dict[str, Any], tmp_path: Path, where: str, value: Any, said: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, put(plain, where, value)))
+    message = str(caught.value)
+    for part in said:
+        assert part in message
+    assert "pydantic" not in message
+    assert "function-after" not in message
+
+
+def test_every_fault_is_reported_at_once(plain: dict[str, Any], tmp_path: Path) -> None:
+    data = put(put(plain, "http_options.port", -1), "applications.0.args.engine.dtype", "int3")
+    with pytest.raises(ConfigError, match=r"(?s)http_options\.port.*args\.engine\.dtype"):
+        load(write(tmp_path, data))
+
+
+def test_missing_model_is_named(plain: dict[str, Any], tmp_path: Path) -> None:
+    del plain["applications"][0]["args"]["model"]
+    with pytest.raises(ConfigError, match=r"applications\[0\]\.args\.model: is missing"):
+        load(write(tmp_path, plain))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("a: [", "is not YAML"), ("- 1", "must hold a mapping"), ("", "must hold a mapping")]
+)
+def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(write(tmp_path, text))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no configuration file .*absent\.yaml"):
+        load(tmp_path / "absent.yaml")
+
+
+def test_an_engine_argument_unknown_to_vllm_is_refused_with_the_nearest(plain: dict[str, Any]) -> None:
+    args = put(plain["applications"][0]["args"], "engine.extra", {"gpu_memory_utilisation": 0.5})
+    with pytest.raises(ConfigError, match="no engine argument 'gpu_memory_utilisation'; did you mean 'gpu_memory_util"):
+        parse_serving(args)
+
+
+def test_numbers_in_the_environment_become_text(plain: dict[str, Any]) -> None:
+    args = put(plain["applications"][0]["args"], "environment", {"A": 2, "B": 1.5, "C": "x"})
+    assert parse_serving(args).environment == {"A": "2", "B": "1.5", "C": "x"}
+
+
+def test_autoscaling_bounds_the_replicas(plain: dict[str, Any]) -> None:
+    args = parse_serving(put(plain["applications"][0]["args"], "replicas", {"min": 1, "max": 5}))
+    assert isinstance(args.replicas, Autoscaling)
+    assert args.max_replicas == 5
