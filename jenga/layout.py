@@ -20,7 +20,7 @@ TYPICAL_TOKENS = (512, 4096, 32768)
 STRANDING = 0.02
 """Share of a group's memory expected to be stranded in partly used large pages when its ratio is large."""
 
-MAX_PADDING = 0.05
+MAX_PADDING = 0.10
 """Most that any group's page may be padded, as a share of the padded page."""
 
 MAX_LARGEST_RATIO = 64
@@ -135,8 +135,9 @@ def _assess(groups: Sequence[LayerGroup], large: int, ratios: Sequence[int], mem
         for c, share in zip(chosen, held, strict=True):
             padding += share / total * c.padding / c.stride / len(TYPICAL_TOKENS)
             stranded += share / total * STRANDING * (1 - 1 / c.ratio) / len(TYPICAL_TOKENS)
-    # Each group that shares has one large page in the filling at any time, half of it free on average.
-    filling = sum(1 for r in ratios if r > 1) * large / 2
+    # Each group that shares has one large page in the filling at any time, half of it free on average; the null
+    # page costs a whole one, and the end of the buffer half of one on average.
+    filling = (sum(1 for r in ratios if r > 1) / 2 + 1.5) * large
     return Layout(
         large_page_bytes=large,
         groups=chosen,

@@ -1,0 +1,61 @@
+"""The KV cache configuration that carries Jenga's geometry from the planner to scheduler and workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+
+from jenga.layout import GroupLayout, Layout
+
+
+@dataclass
+class JengaGroupSpec(KVCacheGroupSpec):
+    """A vLLM layer group with its place in the two-level geometry.
+
+    Every group repeats the layout, so that a list of groups plans the same way in every process.
+    """
+
+    layout: Layout = field(kw_only=True)
+    index: int = field(kw_only=True)
+    """Number of the group in the layout."""
+
+    @property
+    def place(self) -> GroupLayout:
+        """Ratio and stride of this group's pages."""
+        return self.layout.groups[self.index]
+
+
+@dataclass
+class JengaKVCacheConfig(KVCacheConfig):
+    """vLLM's configuration with `num_blocks` counting large pages.
+
+    Group ``g`` addresses ``num_blocks * ratio`` small pages, page 0 being its null block.
+    """
+
+    @cached_property
+    def ratios(self) -> tuple[int, ...]:
+        """Small pages per large page, by group."""
+        return self.layout.ratios
+
+    @property
+    def layout(self) -> Layout:
+        """The geometry."""
+        return self.jenga_groups[0].layout
+
+    @property
+    def jenga_groups(self) -> tuple[JengaGroupSpec, ...]:
+        """The groups, typed."""
+        return tuple(g for g in self.kv_cache_groups if isinstance(g, JengaGroupSpec))
+
+    @cached_property
+    def id_offsets(self) -> tuple[int, ...]:
+        """Where each group's page ids start in a list that names pages of all groups (the zero list)."""
+        return tuple(accumulate((self.num_blocks * r for r in self.ratios[:-1]), initial=0))
+
+    def num_blocks_of(self, tensor: KVCacheTensor) -> int:
+        """Small pages that `tensor`'s group addresses (vLLM sizes each layer's view with this)."""
+        name = tensor.layers[0]
+        return self.num_blocks * next(g.place.ratio for g in self.jenga_groups if name in g.layer_names)

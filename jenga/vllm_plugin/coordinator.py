@@ -1,0 +1,305 @@
+"""vLLM's KV cache coordinator on the two-level allocator and the common hit rule.
+
+vLLM's per-type managers stay in charge of block tables; they are given pools of their own.  What changes is what is
+decided across groups: admission (in large pages, exactly), the prefix hit (`jenga.hits`) and the order of release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vllm.v1.core import kv_cache_coordinator as vllm_coordinator
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashListWithBlockSize,
+    KVCacheBlock,
+    make_block_hash_with_group_id,
+    resolve_block_hashes,
+)
+from vllm.v1.core.single_type_kv_cache_manager import CrossAttentionManager
+
+from jenga.allocator import PageState, TwoLevelAllocator
+from jenga.hits import GroupCache, Hit, longest_common_hit
+from jenga.metrics.engine import HitTotals
+from jenga.vllm_plugin.config import JengaKVCacheConfig
+from jenga.vllm_plugin.pool import GroupPool, SharedPool
+
+Blocks = tuple[list[KVCacheBlock], ...]
+
+
+class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
+    """The part common to running with and without prefix caching; a mixin in front of vLLM's class."""
+
+    kv_cache_config: JengaKVCacheConfig
+    block_pool: Any  # vLLM's own during its constructor, a SharedPool from `adopt` on
+
+    def adopt(self) -> None:
+        """Give every manager a pool on the shared allocator.  Called once, after vLLM's own constructor."""
+        config, template = self.kv_cache_config, self.block_pool
+        self.allocator = TwoLevelAllocator(config.num_blocks, config.ratios, on_evict=self._evicted)
+        shared = SharedPool(self.allocator, template)
+        self.pools = tuple(GroupPool(self.allocator, g, template, shared.events) for g in range(len(config.ratios)))
+        shared.pools = self.pools
+        self.block_pool = shared
+        for manager, pool in zip(self.single_type_managers, self.pools, strict=True):
+            manager.block_pool = pool
+            manager._null_block = pool.null_block
+        none = (0,) * len(self.pools)
+        self.hits = HitTotals(0, 0, 0, 0, reused_pages=none, ended=none)
+        self._last_hit = Hit(0, 0, None)
+        self._reused = [0] * len(self.pools)
+        self._needs: tuple[str, list[int]] | None = None
+        self._admitted: set[str] = set()
+
+    def _evicted(self, group: int, page: int) -> None:
+        self.pools[group].evicted(page)
+
+    # -- admission ------------------------------------------------------------------------------------------
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: tuple[Sequence[KVCacheBlock], ...],
+        num_encoder_tokens: int,
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Large pages that this request would take from those available; exact, and without side effects of ours."""
+        if self.retention_interval != 0:
+            prefill_end = 0
+        needs: list[int] = []
+        pins: list[list[int]] = []
+        for manager, hits in zip(self.single_type_managers, new_computed_blocks, strict=True):
+            # Blocks that nobody holds are counted by vLLM's managers as if they came from one flat free list.
+            pinned = [b.block_id for b in hits if b.ref_cnt == 0 and not b.is_null]
+            if isinstance(manager, CrossAttentionManager):
+                blocks = manager.get_num_blocks_to_allocate(
+                    request_id, num_encoder_tokens, [], 0, 0, num_encoder_tokens, apply_admission_cap
+                )
+            else:
+                blocks = manager.get_num_blocks_to_allocate(
+                    request_id,
+                    num_tokens,
+                    hits,
+                    total_computed_tokens,
+                    num_local_computed_tokens,
+                    num_tokens_main_model,
+                    apply_admission_cap=apply_admission_cap,
+                    prefill_end=prefill_end,
+                )
+            needs.append(blocks - len(pinned))
+            pins.append(pinned)
+        self._needs = (request_id, needs)
+        return self.allocator.large_pages_needed(needs, pins)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int, num_encoder_tokens: int = 0
+    ) -> Blocks:
+        """Allocate what the last query for this request announced, group by group."""
+        if self._needs is not None and self._needs[0] == request_id:
+            self.allocator.expect(self._needs[1])
+        try:
+            blocks: Blocks = super().allocate_new_blocks(
+                request_id, num_tokens, num_tokens_main_model, num_encoder_tokens
+            )
+        finally:
+            self.allocator.expect([0] * len(self.pools))
+            self._needs = None
+        if request_id not in self._admitted:
+            self._admitted.add(request_id)
+            self._count_hit()
+        return blocks
+
+    def allocate_new_computed_blocks(
+        self, request_id: str, new_computed_blocks: tuple[Sequence[KVCacheBlock], ...], *args: Any, **kwargs: Any
+    ) -> None:
+        """Take over the blocks of a prefix hit."""
+        self._reused = [sum(not b.is_null for b in row) for row in new_computed_blocks]
+        super().allocate_new_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
+
+    def _count_hit(self) -> None:
+        hit, before = self._last_hit, self.hits
+        taken = any(self._reused)
+        short = hit.furthest > hit.tokens
+        self.hits = HitTotals(
+            requests=before.requests + 1,
+            hit_requests=before.hit_requests + taken,
+            hit_tokens=before.hit_tokens + (hit.tokens if taken else 0),
+            missed_shared_tokens=before.missed_shared_tokens + hit.furthest - hit.tokens,
+            reused_pages=tuple(a + b for a, b in zip(before.reused_pages, self._reused, strict=True)),
+            ended=tuple(n + (short and g == hit.limited_by) for g, n in enumerate(before.ended)),
+        )
+        self._last_hit = Hit(0, 0, None)
+        self._reused = [0] * len(self.pools)
+
+    # -- release --------------------------------------------------------------------------------------------
+
+    def free(self, request_id: str) -> None:
+        """Release a request's blocks of all groups together, tail first (balanced and aligned eviction)."""
+        self.block_pool.free_blocks(reversed(self.pop_blocks_for_free(request_id)))
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The request's blocks of all groups, merged by the token position where each ends."""
+        self._admitted.discard(request_id)
+        placed: list[tuple[int, int, KVCacheBlock]] = []
+        for group, manager in enumerate(self.single_type_managers):
+            size = manager.block_size
+            placed.extend(
+                ((index + 1) * size, group, block)
+                for index, block in enumerate(manager.pop_blocks_for_free(request_id))
+                if not block.is_null
+            )
+        placed.sort(key=lambda item: item[:2])
+        return [block for _, _, block in placed]
+
+    def new_step_starts(self) -> None:
+        """A new scheduler step: what it releases is younger than what the last one released."""
+        self.allocator.tick()
+        super().new_step_starts()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget everything cached, in all groups or none."""
+        return bool(self.block_pool.reset_prefix_cache())
+
+    def take_new_block_ids(self) -> list[int]:
+        """Pages to zero, of all groups in one list: group ``g``'s ids are raised by ``id_offsets[g]``."""
+        return [
+            offset + page
+            for manager, offset in zip(self.single_type_managers, self.kv_cache_config.id_offsets, strict=True)
+            for page in manager.take_new_block_ids()
+        ]
+
+    # -- debugging ------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Compare block tables, reference counts and page states (O(pages)).
+
+        Raises:
+            AssertionError: they disagree; the message names group and page.
+        """
+        self.allocator.check()
+        for group, (manager, pool) in enumerate(zip(self.single_type_managers, self.pools, strict=True)):
+            held: dict[int, int] = {}
+            for blocks in manager.req_to_blocks.values():
+                for block in blocks:
+                    if not block.is_null:
+                        held[block.block_id] = held.get(block.block_id, 0) + 1
+            for block in pool.blocks[self.allocator.reserved * self.allocator.ratios[group] :]:
+                page, state = block.block_id, self.allocator.state(group, block.block_id)
+                assert block.ref_cnt >= held.get(page, 0), f"group {group} page {page}: more holders than references"
+                assert (state is PageState.LIVE) == (block.ref_cnt > 0), f"group {group} page {page}: {state.name}"
+                if state is PageState.CACHED:
+                    assert block.block_hash is not None, f"group {group} page {page}: cached without a hash"
+                if state is PageState.FREE:
+                    assert block.block_hash is None, f"group {group} page {page}: free but findable"
+
+
+class JengaNoPrefixCache(JengaCoordinator, vllm_coordinator.KVCacheCoordinatorNoPrefixCache):
+    """Without prefix caching."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.adopt()
+
+
+class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinator):
+    """With prefix caching: hits by the rule that router and simulator use too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_partial_hash_hits": False})
+        self.adopt()
+        self.verify_and_split_kv_cache_groups()
+        self._policies = tuple(g.group.policy for g in self.kv_cache_config.layout.groups)
+
+    def find_longest_cache_hit(
+        self, block_hashes: list[BlockHash], max_cache_hit_length: int
+    ) -> tuple[Blocks, int, int]:
+        """The longest prefix that every group can resume.
+
+        Returns:
+            blocks to reuse by group (null blocks where a group needs none), the hit in tokens, and how many tokens
+            further some group would have gone (a shared prefix worth a checkpoint).
+        """
+        lookups = [
+            _Lookup(pool, group, resolve_block_hashes(block_hashes, self.hash_block_size, manager.block_size))
+            for group, (pool, manager) in enumerate(zip(self.pools, self.single_type_managers, strict=True))
+        ]
+        hit = longest_common_hit(
+            [
+                GroupCache(policy, manager.block_size, lookup)
+                for policy, manager, lookup in zip(self._policies, self.single_type_managers, lookups, strict=True)
+            ],
+            max_cache_hit_length,
+            self.scheduler_block_size,
+        )
+        self._last_hit = hit
+        if not hit.tokens:
+            return tuple([] for _ in self.pools), 0, hit.furthest
+        blocks = []
+        for policy, manager, lookup in zip(self._policies, self.single_type_managers, lookups, strict=True):
+            pages = hit.tokens // manager.block_size
+            row = [manager._null_block] * pages
+            for page in policy.pages_of_hit(pages, manager.block_size):
+                row[page] = lookup.block(page)
+            blocks.append(row)
+        return tuple(blocks), hit.tokens, hit.furthest - hit.tokens
+
+
+class _Lookup:
+    """Answers whether page ``i`` of one prompt is cached in one group, each page looked up once."""
+
+    __slots__ = ("_find", "_found", "_group", "_hashes")
+
+    def __init__(self, pool: GroupPool, group: int, hashes: Sequence[BlockHash] | BlockHashListWithBlockSize) -> None:
+        self._find = pool.cached_block_hash_to_block.get_one_block
+        self._group = group
+        self._hashes = hashes
+        self._found: dict[int, KVCacheBlock | None] = {}
+
+    def __call__(self, page: int) -> bool:
+        found = self._found
+        if page not in found:
+            found[page] = self._find(make_block_hash_with_group_id(self._hashes[page], self._group))
+        return found[page] is not None
+
+    def block(self, page: int) -> KVCacheBlock:
+        """The cached block of a page that was found."""
+        block = self._found[page]
+        assert block is not None
+        return block
+
+
+def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A `get_kv_cache_coordinator` that serves Jenga's configurations and passes others to `original`."""
+
+    def get_kv_cache_coordinator(
+        kv_cache_config: Any,
+        max_model_len: int,
+        max_in_flight_tokens: int,
+        use_eagle: bool,
+        enable_caching: bool,
+        enable_kv_cache_events: bool,
+        **options: Any,
+    ) -> Any:
+        if not isinstance(kv_cache_config, JengaKVCacheConfig):
+            return original(
+                kv_cache_config,
+                max_model_len,
+                max_in_flight_tokens,
+                use_eagle,
+                enable_caching,
+                enable_kv_cache_events,
+                **options,
+            )
+        options.pop("allow_partial_hash_hits", None)
+        common = (kv_cache_config, max_model_len, max_in_flight_tokens, use_eagle)
+        if enable_caching:
+            return JengaPrefixCache(*common, enable_caching, enable_kv_cache_events, **options)
+        return JengaNoPrefixCache(*common, enable_kv_cache_events, **options)
+
+    return get_kv_cache_coordinator

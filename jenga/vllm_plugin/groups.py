@@ -1,0 +1,143 @@
+"""From vLLM's KV cache specs to Jenga's layer groups, or the reason why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import lcm
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+    iter_layer_specs,
+)
+
+from jenga.layout import LayerGroup
+from jenga.policies import (
+    ChunkedLocal,
+    FullAttention,
+    LatentAttention,
+    LayerPolicy,
+    RecurrentState,
+    SlidingWindow,
+)
+
+STRIDE_ALIGNMENT = 16
+"""Bytes; attention kernels load 16 bytes at once."""
+
+
+def policy_of(spec: KVCacheSpec) -> LayerPolicy | None:
+    """The layer policy that describes `spec`, None if Jenga does not manage it.
+
+    Exact types only: a subclass may change the rules (sinks, R-SWA, HiSparse).
+    """
+    kind = type(spec)
+    if kind is FullAttentionSpec:
+        return FullAttention()
+    if kind is MLAAttentionSpec:
+        return LatentAttention()
+    if isinstance(spec, SlidingWindowSpec) and kind is SlidingWindowSpec:
+        return SlidingWindow(spec.sliding_window)
+    if isinstance(spec, ChunkedLocalAttentionSpec) and kind is ChunkedLocalAttentionSpec:
+        return ChunkedLocal(spec.attention_chunk_size)
+    if kind is MambaSpec:
+        return RecurrentState()
+    return None
+
+
+def config_obstacle(config: VllmConfig) -> str | None:
+    """Why this configuration stays with vLLM's own manager, None if nothing stands in the way.
+
+    Asked before the layers' specs are known, and again when they are: both times the answer must be the same.
+    """
+    parallel, cache = config.parallel_config, config.cache_config
+    checks: tuple[tuple[Any, str], ...] = (
+        (config.scheduler_config.disable_hybrid_kv_cache_manager, "the hybrid KV cache manager is disabled"),
+        (config.kv_transfer_config, "a KV connector is configured, and connectors address one flat block table"),
+        (parallel.pipeline_parallel_size > 1, "pipeline_parallel_size > 1: stages may differ in geometry"),
+        (parallel.decode_context_parallel_size > 1, "decode_context_parallel_size > 1"),
+        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill_context_parallel_size > 1"),
+        (config.speculative_config, "speculative decoding is configured"),
+        (config.attention_config.hisparse_config, "HiSparse is configured"),
+        (cache.prefix_match_unit, "prefix_match_unit is set; Jenga's prefix hits are at block granularity already"),
+        (cache.kv_cache_dtype_skip_layers, "kv_cache_dtype_skip_layers is set"),
+    )
+    return next((reason for found, reason in checks if found), None)
+
+
+def spec_obstacle(specs: Mapping[str, KVCacheSpec]) -> str | None:
+    """Why these layers stay with vLLM's own manager, None if Jenga manages them all."""
+    for name, spec in specs.items():
+        if policy_of(spec) is None:
+            return f"layer {name} has a KV cache of type {type(spec).__name__}, which Jenga does not manage"
+    return None
+
+
+def bucket_layers(specs: Mapping[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
+    """One vLLM group per layer type: layers that always need the same token slots share a block table."""
+    buckets: list[dict[str, KVCacheSpec]] = []
+    for name, spec in specs.items():
+        for bucket in buckets:
+            if UniformTypeKVCacheSpecs.is_uniform_type({**bucket, name: spec}):
+                bucket[name] = spec
+                break
+        else:
+            buckets.append({name: spec})
+    # Full attention first: it bounds prefix hits tightest.
+    buckets.sort(key=lambda b: not isinstance(next(iter(b.values())), FullAttentionSpec))
+    groups = []
+    for bucket in buckets:
+        distinct = set(bucket.values())
+        size = next(iter(distinct)).block_size
+        spec = distinct.pop() if len(distinct) == 1 else UniformTypeKVCacheSpecs(size, kv_cache_specs=bucket)
+        groups.append(KVCacheGroupSpec(list(bucket), spec))
+    return groups
+
+
+def layer_spec(group: KVCacheGroupSpec, name: str) -> KVCacheSpec:
+    """Spec of one layer of a group."""
+    spec = group.kv_cache_spec
+    return spec.kv_cache_specs[name] if isinstance(spec, UniformTypeKVCacheSpecs) else spec
+
+
+def describe(groups: Sequence[KVCacheGroupSpec]) -> list[LayerGroup]:
+    """vLLM's groups as the layout chooser sees them."""
+    described: list[LayerGroup] = []
+    names: Counter[str] = Counter()
+    for group in groups:
+        first = next(iter(iter_layer_specs(group.kv_cache_spec)))
+        names[group_name(first)] += 1
+        nth = names[group_name(first)]
+        policy = policy_of(first)
+        assert policy is not None, "spec_obstacle was not asked"
+        alignments = [layer_spec(group, n).get_block_stride_alignment() for n in group.layer_names]
+        described.append(
+            LayerGroup(
+                name=group_name(first) + (f"_{nth}" if nth > 1 else ""),
+                policy=policy,
+                layers=len(group.layer_names),
+                page_tokens=first.block_size,
+                page_bytes=sum(layer_spec(group, n).page_size_bytes for n in group.layer_names),
+                alignment=lcm(STRIDE_ALIGNMENT, *alignments),
+            )
+        )
+    return described
+
+
+def group_name(spec: KVCacheSpec) -> str:
+    """Short, stable name of a group for tables and metric labels."""
+    if isinstance(spec, SlidingWindowSpec):
+        return f"sliding_window_{spec.sliding_window}"
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return f"chunked_local_{spec.attention_chunk_size}"
+    if isinstance(spec, MambaSpec):
+        return str(spec.mamba_type.name).lower()
+    return "mla" if isinstance(spec, MLAAttentionSpec) else "full_attention"

@@ -1,0 +1,202 @@
+"""vLLM's planner functions, for groups with pages of unlike sizes.
+
+Each function here takes the place of the one of the same name in ``vllm.v1.core.kv_cache_utils`` and answers for
+Jenga's groups; all others are passed to the original.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, KVCacheTensor, iter_layer_specs
+
+from jenga.layout import choose_layout
+from jenga.vllm_plugin import report
+from jenga.vllm_plugin.config import JengaGroupSpec, JengaKVCacheConfig
+from jenga.vllm_plugin.groups import bucket_layers, config_obstacle, describe, layer_spec, spec_obstacle
+
+logger = init_logger("vllm.jenga")
+
+ASSUMED_MEMORY = 16 << 30
+"""Bytes to choose a geometry for where vLLM plans before it knows the memory (profiling)."""
+
+
+@dataclass(frozen=True)
+class Originals:
+    """vLLM's own planner functions."""
+
+    get_kv_cache_groups: Callable[..., list[KVCacheGroupSpec]]
+    get_kv_cache_configs: Callable[..., list[KVCacheConfig]]
+    pool_bytes_per_block: Callable[..., int]
+    max_memory_usage_bytes_from_groups: Callable[..., int]
+    get_max_concurrency_for_kv_cache_config: Callable[..., float]
+    get_kv_cache_config_from_groups: Callable[..., KVCacheConfig]
+    check_enough_kv_cache_memory: Callable[..., None]
+
+
+class Planner:
+    """The replacements, with the originals to fall back to."""
+
+    def __init__(self, originals: Originals) -> None:
+        self._vllm = originals
+        self._memory = ASSUMED_MEMORY
+
+    # -- replacements ---------------------------------------------------------------------------------------
+
+    def get_kv_cache_configs(
+        self, config: VllmConfig, specs: list[dict[str, KVCacheSpec]], memory: list[int]
+    ) -> list[KVCacheConfig]:
+        """Plan for all workers; the geometry is chosen for the smallest worker's memory (bytes)."""
+        with self._planning_for(min((m for m in memory if m > 0), default=ASSUMED_MEMORY)):
+            planned = self._vllm.get_kv_cache_configs(config, specs, memory)
+        if planned and isinstance(planned[0], JengaKVCacheConfig):
+            report.announce(config, planned[0], self._stock_concurrency(config, specs, memory))
+        return planned
+
+    def get_kv_cache_groups(self, config: VllmConfig, specs: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
+        """One group per layer type with its exact place in the large page, or vLLM's own groups."""
+        if not specs:
+            return self._vllm.get_kv_cache_groups(config, specs)
+        obstacle = config_obstacle(config) or spec_obstacle(specs)
+        groups = [] if obstacle else bucket_layers(specs)
+        if len(groups) < 2:
+            logger.info_once(
+                "Jenga: vLLM's own memory manager stays in charge: %s", obstacle or "all layers need the same memory"
+            )
+            return self._vllm.get_kv_cache_groups(config, specs)
+        layout = choose_layout(describe(groups), self._memory)
+        return [
+            JengaGroupSpec(group.layer_names, group.kv_cache_spec, layout=layout, index=index)
+            for index, group in enumerate(groups)
+        ]
+
+    def pool_bytes_per_block(self, config: VllmConfig, groups: list[KVCacheGroupSpec]) -> int:
+        """Bytes of the unit that `num_blocks` counts: the large page."""
+        jenga = managed(groups)
+        return jenga[0].layout.large_page_bytes if jenga else self._vllm.pool_bytes_per_block(config, groups)
+
+    def max_memory_usage_bytes_from_groups(self, config: VllmConfig, groups: list[KVCacheGroupSpec]) -> int:
+        """Bytes that one request of the maximum length needs when it has the buffer to itself."""
+        jenga = managed(groups)
+        if not jenga:
+            return self._vllm.max_memory_usage_bytes_from_groups(config, groups)
+        return jenga[0].layout.large_page_bytes * sum(cdiv(max_pages(config, g), g.place.ratio) for g in jenga)
+
+    def get_max_concurrency_for_kv_cache_config(self, config: VllmConfig, planned: KVCacheConfig) -> float:
+        """Requests of the maximum length that fit side by side (they share large pages)."""
+        if not isinstance(planned, JengaKVCacheConfig):
+            return self._vllm.get_max_concurrency_for_kv_cache_config(config, planned)
+        return (planned.num_blocks - 1) / sum(max_pages(config, g) / g.place.ratio for g in planned.jenga_groups)
+
+    def get_kv_cache_config_from_groups(
+        self, config: VllmConfig, groups: list[KVCacheGroupSpec], memory: int
+    ) -> KVCacheConfig:
+        """Place every layer: page ``b`` of a group starts at ``b * stride``, its layers side by side in it."""
+        jenga = managed(groups)
+        if not jenga:
+            return self._vllm.get_kv_cache_config_from_groups(config, groups, memory)
+        layout = config.cache_config.get_resolved_kv_cache_layout()
+        if not layout.is_block_compact:
+            raise ValueError(
+                f"VLLM_KV_CACHE_LAYOUT={layout.name} spreads a page over the buffer, but Jenga's pages are compact. "
+                "Unset it, set it to LBNHC or LBHNC, or turn Jenga off with JENGA=0."
+            )
+        large = jenga[0].layout.large_page_bytes
+        override = config.cache_config.num_gpu_blocks_override
+        num_blocks = kv_cache_utils.may_override_num_blocks(config, memory // large)
+        if override is not None and memory == 0:
+            # Profiling wants one page per sequence in every group, not one large page.
+            num_blocks = 1 + cdiv(override, min(jenga[0].layout.ratios))
+        tensors = []
+        for group in jenga:
+            by_spec: defaultdict[KVCacheSpec, list[str]] = defaultdict(list)
+            for name in group.layer_names:
+                by_spec[layer_spec(group, name)].append(name)
+            offset = 0
+            for spec, names in by_spec.items():
+                tensors.append(
+                    KVCacheTensor(
+                        size=num_blocks * large,
+                        layers=names,
+                        layer_stride=spec.page_size_bytes,
+                        block_stride=group.place.stride,
+                        offset=offset,
+                    )
+                )
+                offset += spec.page_size_bytes * len(names)
+        return JengaKVCacheConfig(
+            num_blocks=num_blocks,
+            kv_cache_tensors=tensors,
+            kv_cache_groups=list(jenga),
+            prefix_cache_retention_interval=config.cache_config.prefix_cache_retention_interval,
+        )
+
+    def check_enough_kv_cache_memory(
+        self,
+        memory: int,
+        needed: Callable[[], int],
+        max_model_len: int,
+        estimate: Callable[[int], int],
+    ) -> None:
+        """vLLM's check that one request fits, with sizes that can be read and acted upon.
+
+        Raises:
+            ValueError: names the memory, what is needed, and the settings to change.
+        """
+        bytes_needed = needed() if memory > 0 else 0
+        if memory > 0 and bytes_needed <= memory:
+            return
+        if memory <= 0:
+            self._vllm.check_enough_kv_cache_memory(memory, needed, max_model_len, estimate)
+        fits = estimate(memory)
+        shorter = f", or lower max_model_len to {fits:,} or less" if fits > 0 else ""
+        raise ValueError(
+            f"KV cache memory of {memory / 2**20:,.1f} MiB (null page deducted) does not hold one request of "
+            f"max_model_len={max_model_len:,} tokens, which needs {bytes_needed / 2**20:,.1f} MiB. Raise "
+            f"kv_cache_memory_bytes (or gpu_memory_utilization){shorter}."
+        )
+
+    # -- internals ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _planning_for(self, memory: int) -> Iterator[None]:
+        before, self._memory = self._memory, memory
+        try:
+            yield
+        finally:
+            self._memory = before
+
+    def _stock_concurrency(
+        self, config: VllmConfig, specs: list[dict[str, KVCacheSpec]], memory: list[int]
+    ) -> float | str:
+        """Requests of maximum length that vLLM's own plan would hold in the same bytes, or why that is unknown."""
+        from jenga.vllm_plugin import hybrid_blocks
+
+        try:
+            stock_config, stock_specs = hybrid_blocks.as_stock(config, specs[0])
+            groups = self._vllm.get_kv_cache_groups(stock_config, stock_specs)
+            unit = self._vllm.pool_bytes_per_block(stock_config, groups)
+            planned = KVCacheConfig(num_blocks=min(memory) // unit, kv_cache_tensors=[], kv_cache_groups=groups)
+            return self._vllm.get_max_concurrency_for_kv_cache_config(stock_config, planned)
+        except Exception as error:  # a comparison for the log must not keep an engine from starting
+            return f"{type(error).__name__}: {error}"
+
+
+def managed(groups: list[KVCacheGroupSpec]) -> tuple[JengaGroupSpec, ...]:
+    """The groups if Jenga manages them, else nothing."""
+    jenga = tuple(g for g in groups if isinstance(g, JengaGroupSpec))
+    return jenga if jenga and len(jenga) == len(groups) else ()
+
+
+def max_pages(config: VllmConfig, group: JengaGroupSpec) -> int:
+    """Small pages of `group` that a request of the maximum length can hold at once (vLLM's own bound)."""
+    specs: list[Any] = list(iter_layer_specs(group.kv_cache_spec))
+    return max(cdiv(s.max_memory_usage_bytes(config), s.page_size_bytes) for s in specs)

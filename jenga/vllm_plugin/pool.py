@@ -1,0 +1,182 @@
+"""vLLM's BlockPool interface over the two-level allocator.
+
+Each layer group's manager gets a `GroupPool` of its own: vLLM's block objects, reference counts and hash tables stay
+vLLM's, while `jenga.allocator` decides which pages they are.  Scheduler and KVCacheManager see one `SharedPool`,
+which counts in large pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from vllm.distributed.kv_events import MEDIUM_GPU, AllBlocksCleared, KVCacheEvent
+from vllm.logger import init_logger
+from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
+from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+from jenga.allocator import PageState, TwoLevelAllocator
+
+logger = init_logger("vllm.jenga")
+
+# vLLM leaves these untyped.
+empty_index: Callable[[], BlockHashToBlockMap] = BlockHashToBlockMap
+_reset_hash: Callable[[KVCacheBlock], None] = KVCacheBlock.reset_hash
+
+
+class GroupPool(BlockPool):
+    """Blocks of one layer group.  Inherits hashing, lookup and events; allocation is the allocator's."""
+
+    def __init__(  # the parent would build one flat free list: deliberately not called
+        self,
+        allocator: TwoLevelAllocator,
+        group: int,
+        template: BlockPool,
+        events: list[KVCacheEvent],
+    ) -> None:
+        self.allocator = allocator
+        self.group = group
+        self.num_gpu_blocks = allocator.large_pages * allocator.ratios[group]
+        self.medium = MEDIUM_GPU
+        self.enable_caching = template.enable_caching
+        self.hash_block_size = template.hash_block_size
+        self.blocks = [KVCacheBlock(i, pool=self) for i in range(self.num_gpu_blocks)]
+        self.cached_block_hash_to_block = empty_index()
+        self.cached_block_hashes_by_block = {}
+        self.null_block = self.blocks[0]
+        self.null_block.is_null = True
+        self.enable_kv_cache_events = template.enable_kv_cache_events
+        self.kv_event_queue = events  # one list for all groups: events keep their order
+        self.metrics_collector: KVCacheMetricsCollector | None = template.metrics_collector
+        self._reuse_watchers = {}
+
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+        """`num_blocks` blocks of this group, each with one reference.
+
+        Raises:
+            OutOfPagesError: they are not there.
+        """
+        blocks = [self.blocks[i] for i in self.allocator.allocate(self.group, num_blocks)]
+        for block in blocks:
+            assert block.ref_cnt == 0
+            assert block.block_hash is None
+            block.ref_cnt = 1
+            if self.metrics_collector:
+                self.metrics_collector.on_block_allocated(block)
+        return blocks
+
+    def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """One more reference to each block; a cached one becomes live."""
+        for block in blocks:
+            if block.is_null:
+                continue
+            if block.ref_cnt == 0:
+                self.allocator.revive(self.group, block.block_id)
+            block.ref_cnt += 1
+            if self.metrics_collector:
+                self.metrics_collector.on_block_accessed(block)
+
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
+        """One reference less to each block, first to be evicted first."""
+        for block in ordered_blocks:
+            assert block.pool is self
+            self.release(block)
+
+    def release(self, block: KVCacheBlock) -> None:
+        """One reference less; at none the page is cached if it has a hash, else free."""
+        if block.is_null:
+            return
+        block.ref_cnt -= 1
+        if block.ref_cnt == 0:
+            keep = self.enable_caching and block.block_hash is not None
+            self.allocator.release(self.group, block.block_id, keep)
+
+    def evicted(self, page: int) -> None:
+        """The allocator took a cached page's contents away."""
+        self._maybe_evict_cached_block(self.blocks[page])
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Drop these pages' contents from the prefix cache."""
+        for page in block_ids:
+            self._maybe_evict_cached_block(self.blocks[page])
+            if self.allocator.state(self.group, page) is PageState.CACHED:
+                self.allocator.forget(self.group, page)
+
+    def forget_all(self) -> None:
+        """Drop everything cached (nothing may be live), without an event per page."""
+        for block in self.blocks:
+            if block.block_hash is not None:
+                _reset_hash(block)
+                self.allocator.forget(self.group, block.block_id)
+        self.cached_block_hash_to_block = empty_index()
+        self.cached_block_hashes_by_block.clear()
+
+    def get_num_free_blocks(self) -> int:
+        """Large pages available to this group: the unit of every admission sum."""
+        return self.allocator.available
+
+
+class SharedPool:
+    """What scheduler and KVCacheManager know as `block_pool`; counts are large pages."""
+
+    def __init__(self, allocator: TwoLevelAllocator, template: BlockPool) -> None:
+        self.allocator = allocator
+        self.pools: tuple[GroupPool, ...] = ()
+        self.enable_caching = template.enable_caching
+        self.hash_block_size = template.hash_block_size
+        self.enable_kv_cache_events = template.enable_kv_cache_events
+        self.metrics_collector = template.metrics_collector
+        self.num_gpu_blocks = allocator.large_pages
+        self.events: list[KVCacheEvent] = []
+
+    @property
+    def null_block(self) -> KVCacheBlock:
+        """Any group's null block (vLLM only compares ids with it)."""
+        return self.pools[0].null_block
+
+    def get_num_free_blocks(self) -> int:
+        """Large pages that hold nothing live."""
+        return self.allocator.available
+
+    def get_usage(self) -> float:
+        """Share of the grantable large pages that hold something live, 0 to 1."""
+        return 1.0 - self.allocator.available / (self.allocator.large_pages - self.allocator.reserved)
+
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
+        """Release blocks of any groups, first to be evicted first; they age together."""
+        self.allocator.tick()
+        for block in ordered_blocks:
+            pool = block.pool
+            assert isinstance(pool, GroupPool)
+            pool.release(block)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget everything cached.  False, and nothing is changed, while requests hold pages."""
+        live = sum(g.live for g in self.allocator.usage().groups)
+        if live:
+            logger.warning("Failed to reset prefix cache because some blocks (%d) are not freed yet", live)
+            return False
+        for pool in self.pools:
+            pool.forget_all()
+        if self.metrics_collector:
+            self.metrics_collector.reset()
+        if self.enable_kv_cache_events:
+            self.events.append(AllBlocksCleared())
+        logger.info("Successfully reset prefix cache")
+        return True
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Not answerable: a bare id names one page in every group.
+
+        Raises:
+            ValueError: always (only KV connectors ask, and Jenga leaves those to vLLM's own manager).
+        """
+        raise ValueError(f"block ids {sorted(block_ids)[:5]} name a page in every group; evict through a group's pool")
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """All groups' events since the last call, in the order they happened."""
+        if not self.enable_kv_cache_events:
+            return []
+        events = list(self.events)
+        self.events.clear()
+        return events

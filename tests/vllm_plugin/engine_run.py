@@ -1,0 +1,84 @@
+"""Run one engine over seeded prompts and write its tokens and books as JSON.
+
+A process of its own per run, since the plugin is installed per process: ``JENGA=0|1 python engine_run.py SPEC.json``.
+The spec names the model, engine arguments, prompts (token ids) and rounds; see `harness.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind"
+)
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def main() -> None:
+    spec: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+    from vllm import LLM, SamplingParams
+
+    if os.environ["JENGA"] == "0":  # or stock cannot run Mamba-2 with prefix caching on a CPU at all
+        from jenga.vllm_plugin.cpu_fixes import disable_mamba2_prefill_checkpoints
+
+        disable_mamba2_prefill_checkpoints()
+
+    llm = LLM(
+        spec["model"],
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        disable_log_stats=False,
+        **spec["engine"],
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    manager = core.scheduler.kv_cache_manager
+    jenga = type(manager.coordinator).__module__.startswith("jenga.")
+    checks = 0
+    if jenga and spec.get("check"):
+        schedule = core.scheduler.schedule
+
+        def checked_schedule(*args: Any, **kwargs: Any) -> Any:
+            nonlocal checks
+            output = schedule(*args, **kwargs)
+            manager.coordinator.check()
+            checks += 1
+            return output
+
+        core.scheduler.schedule = checked_schedule
+    sampling = SamplingParams(temperature=0, max_tokens=spec["max_tokens"], ignore_eos=True, detokenize=False)
+    tokens, cached = [], []
+    for _ in range(spec.get("rounds", 1)):
+        outputs = llm.generate([{"prompt_token_ids": p} for p in spec["prompts"]], sampling, use_tqdm=False)
+        tokens.append([list(o.outputs[0].token_ids) for o in outputs])
+        cached.append([o.num_cached_tokens for o in outputs])
+    counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    result: dict[str, Any] = {
+        "tokens": tokens,
+        "cached": cached,
+        "jenga": jenga,
+        "preemptions": counters["vllm:num_preemptions"],
+        "num_blocks": manager.kv_cache_config.num_blocks,
+        "kv_bytes": manager.kv_cache_config.kv_cache_tensors[0].size,
+        "groups": [len(g.layer_names) for g in manager.kv_cache_config.kv_cache_groups],
+        "checks": checks,
+    }
+    if jenga:
+        coordinator = manager.coordinator
+        coordinator.check()
+        result["ratios"] = list(coordinator.kv_cache_config.ratios)
+        result["memory"] = core.jenga_memory()
+        result["evicted"] = list(coordinator.allocator.counters().evicted_pages)
+        result["live_after"] = sum(g.live for g in coordinator.allocator.usage().groups)
+        result["reset"] = manager.reset_prefix_cache()
+        result["free_after_reset"] = coordinator.allocator.usage().free
+        coordinator.check()
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
