@@ -17,8 +17,12 @@ Where a small page comes from, in this order:
 3. a free large page;
 4. a free slot of an evictable large page of the same group;
 5. eviction: the older of (the least recently used cached page inside a partly live large page of the group) and
-   (the evictable large page whose newest page is oldest, of any group: balanced eviction, since what one
-   layer type keeps beyond the others' age cannot be hit).
+   (the large page, of any group, that has been evictable longest: balanced eviction, since what one layer type
+   keeps beyond the others' age cannot be hit).  If that one is the group's own, only its oldest page is evicted.
+
+Ages are those of `tick`.  Evictable large pages, and cached pages inside one large page, are in exact order of age.
+Among partly live large pages the order is that of their oldest cached pages, except that one whose oldest
+page changes out of turn goes first if it is older than the first, else last (keeping it exact would cost a search).
 
 Every operation is O(1) per small page asked; nothing scans the pool.
 """
@@ -107,7 +111,8 @@ class _Group:
         self.state = bytearray(large_pages * ratio)
         # partial[n]: large pages with n live pages and at least one free slot; bit n of mask: partial[n] is
         # not empty.  So the fullest one is found without a search.
-        self.partial: list[dict[int, None]] = [{} for _ in range(ratio + 1)]
+        # OrderedDict, because the first key of a dict that is emptied from its front takes a scan to find.
+        self.partial: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(ratio + 1)]
         self.mask = 0
         # Partly live large pages with something cached, least recently used first.
         self.mixed: OrderedDict[int, None] = OrderedDict()
@@ -152,7 +157,7 @@ class TwoLevelAllocator:
         self._slots: list[list[int]] = [[] for _ in range(large_pages)]
         self._cached: list[dict[int, int]] = [{} for _ in range(large_pages)]
         self._free = list(range(large_pages - 1, reserved - 1, -1))
-        # Evictable large pages, with the time the newest of their pages fell out of use; oldest first.
+        # Evictable large pages, with the time the last of their pages fell out of use; oldest first.
         self._evictable: OrderedDict[int, int] = OrderedDict()
         self._expected = [0] * len(ratios)
         self._clock = 0
@@ -178,8 +183,10 @@ class TwoLevelAllocator:
     def large_pages_needed(self, pages: Sequence[int], pins: Sequence[Iterable[int]] = ()) -> int:
         """Large pages that granting ``pages[g]`` small pages to every group would take from `available`.
 
-        `pins[g]` are pages that the same request will hold through prefix hits; cached ones leave the evictable
-        pool first.  The request fits if and only if the answer is at most `available`.  No side effects.
+        `pins[g]` are pages, each named once, that the same request will hold through prefix hits; cached ones
+        leave the evictable pool first.  The request fits if and only if the answer is at most `available`.
+
+        No side effects.
         """
         needed = 0
         for g, group in enumerate(self._groups):
@@ -214,7 +221,12 @@ class TwoLevelAllocator:
 
         Until `allocate` has granted that much, no group takes a large page that another one's share needs,
         so a request that fits is granted in full, whatever the order of its calls.  Replaces the last one.
+
+        Raises:
+            ValueError: not one number of pages for every group.
         """
+        if len(pages) != len(self._groups):
+            raise ValueError(f"{len(pages)} expectations for {len(self._groups)} groups")
         self._expected = list(pages)
 
     def allocate(self, group: int, count: int) -> list[int]:
@@ -222,7 +234,10 @@ class TwoLevelAllocator:
 
         Raises:
             OutOfPagesError: they are not there.
+            PageError: there is no such group, or `count` is negative.
         """
+        if not 0 <= group < len(self._groups) or count < 0:
+            raise PageError(f"cannot allocate {count} small pages of group {group} of {len(self._groups)}")
         g = self._groups[group]
         short = count - g.open_slots
         if short > 0 and -(-short // g.ratio) > self._spare(group):
@@ -246,8 +261,7 @@ class TwoLevelAllocator:
         Raises:
             PageError: it is not live (a double free, a page of nobody).
         """
-        g = self._groups[group]
-        self._require(group, page, PageState.LIVE)
+        g = self._require(group, page, PageState.LIVE)
         large = page // g.ratio
         live = self._live[large]
         had_slot = bool(self._slots[large])
@@ -263,8 +277,8 @@ class TwoLevelAllocator:
         self._rebucket(g, large, live if had_slot else None)
         if live > 1:
             g.open_slots += 1
-            if keep:
-                g.mixed.setdefault(large)
+            if keep and large not in g.mixed:
+                g.mixed[large] = None  # its oldest cached page is this one, the newest of all
         else:
             g.open_slots -= g.ratio - 1
             g.mixed.pop(large, None)
@@ -279,23 +293,19 @@ class TwoLevelAllocator:
         Raises:
             PageError: it is not cached.
         """
-        g = self._groups[group]
-        self._require(group, page, PageState.CACHED)
+        g = self._require(group, page, PageState.CACHED)
         large = page // g.ratio
-        del self._cached[large][page]
-        g.cached_pages -= 1
+        self._uncache(g, large, page)
         g.state[page] = PageState.LIVE
         g.live_pages += 1
         live = self._live[large]
         if live:
             g.open_slots -= 1
-            if not self._cached[large]:
-                g.mixed.pop(large, None)
         else:
             del self._evictable[large]
             g.open_slots += g.ratio - 1
             if self._cached[large]:
-                g.mixed[large] = None
+                self._mix(g, large)
         self._live[large] = live + 1
         self._rebucket(g, large, live if self._slots[large] else None)
 
@@ -305,8 +315,7 @@ class TwoLevelAllocator:
         Raises:
             PageError: it is not cached.
         """
-        g = self._groups[group]
-        self._require(group, page, PageState.CACHED)
+        g = self._require(group, page, PageState.CACHED)
         large = page // g.ratio
         live = self._live[large]
         had_slot = bool(self._slots[large])
@@ -401,9 +410,12 @@ class TwoLevelAllocator:
         if not 0 <= page < len(self._groups[group].state):
             raise PageError(f"group {group} has no small page {page}; it has {len(self._groups[group].state)}")
 
-    def _require(self, group: int, page: int, wanted: PageState) -> None:
-        if 0 <= page < len(self._groups[group].state) and self._groups[group].state[page] == wanted:
-            return
+    def _require(self, group: int, page: int, wanted: PageState) -> _Group:
+        """The group, if it has such a page in state `wanted`."""
+        if 0 <= group < len(self._groups):
+            g = self._groups[group]
+            if 0 <= page < len(g.state) and g.state[page] == wanted:
+                return g
         found = self.state(group, page)
         raise PageError(f"small page {page} of group {group} is {found.name.lower()}, not {wanted.name.lower()}")
 
@@ -434,13 +446,20 @@ class TwoLevelAllocator:
         if self._slots[large]:
             self._bucket(g, large, self._live[large])
 
-    def _drop_cached(self, g: _Group, large: int, page: int) -> None:
-        del self._cached[large][page]
-        g.state[page] = PageState.FREE
+    def _uncache(self, g: _Group, large: int, page: int) -> None:
+        cached = self._cached[large]
+        stamp = cached.pop(page)
         g.cached_pages -= 1
+        if large in g.mixed:
+            if not cached:
+                del g.mixed[large]
+            elif self._oldest(large) > stamp:  # it was the oldest, and younger ones are left
+                self._mix(g, large)
+
+    def _drop_cached(self, g: _Group, large: int, page: int) -> None:
+        self._uncache(g, large, page)
+        g.state[page] = PageState.FREE
         self._slots[large].append(page)
-        if not self._cached[large]:
-            g.mixed.pop(large, None)
 
     def _return_large(self, g: _Group, large: int) -> None:
         """An owned large page without live or cached pages goes back to the free list."""
@@ -494,7 +513,7 @@ class TwoLevelAllocator:
             if g.mask:  # a free slot in an evictable page of the group: nothing need be evicted
                 return self._take_slot(g, next(iter(g.partial[0])))
             oldest, stamp = next(iter(self._evictable.items()))
-            if not g.mixed or self._oldest_cached(g) > stamp:
+            if not g.mixed or self._oldest(next(iter(g.mixed))) > stamp:
                 if self._owner[oldest] == index:  # its other pages can stay cached
                     return self._reuse_cached(index, g, oldest)
                 self._evict_large(oldest)
@@ -520,15 +539,22 @@ class TwoLevelAllocator:
         else:
             g.open_slots += g.ratio - 1
             if self._evictable.pop(large, None) is not None and self._cached[large]:
-                g.mixed[large] = None
-                g.mixed.move_to_end(large, last=False)  # what it caches was next to be evicted, and stays so
+                self._mix(g, large)
         if self._slots[large]:
             self._bucket(g, large, live + 1)
         return page
 
-    def _oldest_cached(self, g: _Group) -> int:
-        cached = self._cached[next(iter(g.mixed))]
-        return next(iter(cached.values()))
+    def _oldest(self, large: int) -> int:
+        """Time at which the oldest cached page of a large page fell out of use."""
+        return next(iter(self._cached[large].values()))
+
+    def _mix(self, g: _Group, large: int) -> None:
+        """Put a large page that has live and cached pages in its place in `mixed` (see the module's docstring)."""
+        g.mixed.pop(large, None)
+        first = next(iter(g.mixed), large)
+        g.mixed[large] = None
+        if self._oldest(large) < self._oldest(first):
+            g.mixed.move_to_end(large, last=False)
 
     def _reuse_cached(self, index: int, g: _Group, large: int) -> int:
         """Evict the least recently used cached page of an owned large page and grant its place."""

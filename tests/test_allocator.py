@@ -1,0 +1,661 @@
+"""The allocator against a plain model that keeps one dict of pages and counts everything anew for every answer."""
+
+import copy
+import pickle
+import time
+from itertools import permutations
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from jenga.allocator import OutOfPagesError, PageError, PageState, TwoLevelAllocator
+
+LIVE = "live"
+
+
+def books(pool):
+    """Everything the allocator knows, order included."""
+    state = {k: v for k, v in vars(pool).items() if k not in ("_groups", "_on_evict")}
+    groups = [{name: getattr(g, name) for name in g.__slots__} for g in pool._groups]
+    return pickle.dumps((state, groups))
+
+
+class Model:
+    """What the module's docstring promises.  ``pages[g][s]`` is LIVE, or the time at which cached page s was released;
+    free pages are not in it."""
+
+    def __init__(self, large_pages, ratios, reserved):
+        self.large_pages, self.ratios, self.reserved = large_pages, ratios, reserved
+        self.pages = [{} for _ in ratios]
+        self.clock = 0
+        self.expected = [0] * len(ratios)
+        self.evictable = []  # (large page, time), in the order in which they became so
+        self.mixed = [[] for _ in ratios]  # partly live large pages with something cached, in order of eviction
+        self.evicted = [0] * len(ratios)
+
+    def inside(self, g, large):
+        r = self.ratios[g]
+        return {s: self.pages[g][s] for s in range(large * r, large * r + r) if s in self.pages[g]}
+
+    def owned(self, g):
+        return sorted({s // self.ratios[g] for s in self.pages[g]})
+
+    def partly_live(self, g):
+        return [n for n in self.owned(g) if LIVE in self.inside(g, n).values()]
+
+    def free_large(self):
+        taken = {n for g in range(len(self.ratios)) for n in self.owned(g)}
+        return set(range(self.reserved, self.large_pages)) - taken
+
+    def available(self):
+        return len(self.free_large()) + len(self.evictable)
+
+    def open_slots(self, g):
+        r = self.ratios[g]
+        return sum(r - list(self.inside(g, n).values()).count(LIVE) for n in self.partly_live(g))
+
+    def spare(self, g):
+        spare = self.available()
+        for h, ratio in enumerate(self.ratios):
+            if h != g:
+                spare -= -(-max(0, self.expected[h] - self.open_slots(h)) // ratio)
+        return spare
+
+    def needed(self, wants, pins):
+        """Large pages that would have to become partly live: counted on a copy that holds the pins."""
+        twin = copy.deepcopy(self)
+        for g, pages in enumerate(pins):
+            for s in pages:
+                if twin.pages[g].get(s, LIVE) != LIVE:
+                    twin.set(g, s, LIVE)
+        taken = self.available() - twin.available()
+        return taken + sum(
+            -(-max(0, want - twin.open_slots(g)) // ratio)
+            for (g, ratio), want in zip(enumerate(self.ratios), wants, strict=True)
+        )
+
+    def stamps(self, g, large):
+        return [(t, s) for s, t in self.inside(g, large).items() if t != LIVE]
+
+    def oldest(self, g, large):
+        return min(t for t, _ in self.stamps(g, large))
+
+    def set(self, g, page, value):
+        """Change one page and keep the two orders of eviction."""
+        large = page // self.ratios[g]
+        before = self.stamps(g, large)
+        if value is None:
+            self.pages[g].pop(page, None)
+        else:
+            self.pages[g].pop(page, None)
+            self.pages[g][page] = value
+        now, after = self.inside(g, large), self.stamps(g, large)
+        alive = LIVE in now.values()
+        listed = large in dict(self.evictable)
+        if after and not alive and not listed:
+            self.evictable.append((large, self.clock))
+        elif listed and (alive or not after):
+            self.evictable = [e for e in self.evictable if e[0] != large]
+        order = self.mixed[g]
+        if not (after and alive):
+            if large in order:
+                order.remove(large)
+        elif large not in order or min(after)[0] > min(before)[0]:
+            if large in order:
+                order.remove(large)
+            first = bool(order) and self.oldest(g, large) < self.oldest(g, order[0])
+            order.insert(0 if first else len(order), large)
+
+    def evict(self, g, page, events):
+        assert events, f"page {page} of group {g} should have been evicted"
+        assert events.pop(0) == (g, page), "another page was evicted than the order says"
+        self.evicted[g] += 1
+        self.set(g, page, None)
+
+    def first_cached(self, g, large):
+        """Cached pages keep the order in which they were released (insertion order of the dict)."""
+        return next(s for s, t in self.pages[g].items() if t != LIVE and s // self.ratios[g] == large)
+
+    def grant(self, g, pages, events):
+        """Follow the steps of the docstring and check that `pages` and the evictions are what they say."""
+        ratio = self.ratios[g]
+        left = list(pages)
+        while len(left) >= ratio and self.free_large() and self.spare(g) > 0:
+            large = left[0] // ratio
+            assert large in self.free_large(), "step 1: not a free large page"
+            for s in range(large * ratio, large * ratio + ratio):
+                assert left.pop(0) == s, "step 1: not the whole large page"
+                self.set(g, s, LIVE)
+        for s in left:
+            large = s // ratio
+            with_slot = [n for n in self.owned(g) if len(self.inside(g, n)) < ratio]
+            live = {n: list(self.inside(g, n).values()).count(LIVE) for n in with_slot}
+            if any(live.values()):
+                assert live.get(large) == max(live.values()), "step 2: not a slot of the fullest"
+            elif self.spare(g) > 0 and self.free_large():
+                assert large in self.free_large(), "step 3: not a free large page"
+            elif self.spare(g) > 0 and with_slot:
+                assert large in with_slot, "step 4: not an evictable large page of the group with a free slot"
+            else:
+                self.expect_eviction(g, large, events)
+            assert s not in self.pages[g], f"page {s} of group {g} was granted twice"
+            self.set(g, s, LIVE)
+        assert not events, f"evicted without need: {events}"
+        self.expected[g] = max(0, self.expected[g] - len(pages))
+
+    def expect_eviction(self, g, large, events):
+        mixed = self.mixed[g][0] if self.mixed[g] else None
+        if self.spare(g) > 0:
+            oldest, stamp = self.evictable[0]
+            if mixed is None or self.oldest(g, mixed) > stamp:
+                owner = next(h for h in range(len(self.ratios)) if oldest in self.owned(h))
+                victims = [s for s, _ in self.pages[owner].items() if s // self.ratios[owner] == oldest]
+                for s in victims[:1] if owner == g else victims:
+                    self.evict(owner, s, events)
+                assert large == oldest, "step 5: not the large page that has been evictable longest"
+                return
+        assert mixed == large, "step 5: not the partly live large page whose turn it is"
+        self.evict(g, self.first_cached(g, mixed), events)
+
+
+def allocate_all(pool, order, wants):
+    for g in order:
+        pool.allocate(g, wants[g])
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    pool_class = TwoLevelAllocator
+
+    @initialize(
+        large_pages=st.integers(2, 9),
+        ratios=st.lists(st.sampled_from([1, 2, 3, 5]), min_size=1, max_size=3),
+        reserved=st.integers(0, 1),
+    )
+    def start(self, large_pages, ratios, reserved):
+        self.events = events = []
+        self.pool = self.pool_class(
+            large_pages, ratios, reserved=reserved, on_evict=lambda g, page: events.append((g, page))
+        )
+        self.model = Model(large_pages, ratios, reserved)
+
+    def group(self, data):
+        return data.draw(st.integers(0, len(self.model.ratios) - 1), label="group")
+
+    def pages_in(self, g, state):
+        return sorted(s for s, t in self.model.pages[g].items() if (t == LIVE) == (state == PageState.LIVE))
+
+    def unchanged(self, error, words, operation):
+        before = books(self.pool)
+        with pytest.raises(error, match=words):
+            operation()
+        assert books(self.pool) == before
+        assert not self.events
+
+    def grant(self, g, count):
+        pages = self.pool.allocate(g, count)
+        assert len(pages) == len(set(pages)) == count
+        self.model.grant(g, pages, self.events)
+
+    @rule(data=st.data())
+    def allocate(self, data):
+        g = self.group(data)
+        count = data.draw(st.integers(0, 2 * self.model.ratios[g] + 2), label="count")
+        if count <= self.model.open_slots(g) + max(0, self.model.spare(g)) * self.model.ratios[g]:
+            self.grant(g, count)
+        else:
+            self.unchanged(
+                OutOfPagesError, f"group {g} asks for {count} small pages", lambda: self.pool.allocate(g, count)
+            )
+
+    @rule(data=st.data())
+    def expect(self, data):
+        self.model.expected = [data.draw(st.integers(0, r + 1), label="expected") for r in self.model.ratios]
+        self.pool.expect(self.model.expected)
+
+    @rule()
+    def expect_nothing(self):
+        self.model.expected = [0] * len(self.model.ratios)
+        self.pool.expect(self.model.expected)
+
+    @rule(data=st.data())
+    def admit(self, data):
+        groups = range(len(self.model.ratios))
+        pins = [
+            data.draw(st.lists(st.sampled_from(held), unique=True, max_size=4), label="pins") if held else []
+            for held in (sorted(self.model.pages[g]) for g in groups)
+        ]
+        wants = [data.draw(st.integers(0, 2 * r + 1), label="wants") for r in self.model.ratios]
+        before = books(self.pool)
+        needed = self.pool.large_pages_needed(wants, pins)
+        fits = self.pool.fits(wants, pins)
+        assert books(self.pool) == before, "a question changed the books"
+        assert needed == self.model.needed(wants, pins)
+        assert fits == (needed <= self.model.available())
+        order = data.draw(st.permutations(groups), label="order")
+        cut = data.draw(st.booleans(), label="in two calls")
+        if not fits:
+            self.refuses(wants, pins)
+            return
+        for g in groups:
+            for s in pins[g]:
+                if self.model.pages[g][s] != LIVE:
+                    self.pool.revive(g, s)
+                    self.model.set(g, s, LIVE)
+        self.pool.expect(wants)
+        self.model.expected = list(wants)
+        for g in order:
+            for count in (wants[g] // 2, wants[g] - wants[g] // 2) if cut else (wants[g],):
+                self.grant(g, count)
+
+    def refuses(self, wants, pins):
+        """Whatever the order, somebody's call fails."""
+        for order in permutations(range(len(wants))):
+            twin = copy.deepcopy(self.pool)
+            for g, pages in enumerate(pins):
+                for s in pages:
+                    if twin.state(g, s) == PageState.CACHED:
+                        twin.revive(g, s)
+            twin._on_evict = None
+            twin.expect([0] * len(wants))
+            with pytest.raises(OutOfPagesError):
+                allocate_all(twin, order, wants)
+
+    @rule(data=st.data(), keep=st.booleans())
+    def release(self, data, keep):
+        g = self.group(data)
+        live = self.pages_in(g, PageState.LIVE)
+        for page in data.draw(st.lists(st.sampled_from(live), unique=True, max_size=6), label="pages") if live else []:
+            self.pool.release(g, page, keep)
+            self.model.set(g, page, self.model.clock if keep else None)
+
+    @rule(data=st.data())
+    def revive(self, data):
+        g = self.group(data)
+        if cached := self.pages_in(g, PageState.CACHED):
+            page = data.draw(st.sampled_from(cached), label="page")
+            self.pool.revive(g, page)
+            self.model.set(g, page, LIVE)
+
+    @rule(data=st.data())
+    def forget(self, data):
+        g = self.group(data)
+        if cached := self.pages_in(g, PageState.CACHED):
+            page = data.draw(st.sampled_from(cached), label="page")
+            self.pool.forget(g, page)
+            self.model.set(g, page, None)
+
+    @rule()
+    def tick(self):
+        self.pool.tick()
+        self.model.clock += 1
+
+    @rule(data=st.data())
+    def misuse(self, data):
+        g = self.group(data)
+        page = data.draw(st.integers(0, self.model.large_pages * self.model.ratios[g] - 1), label="page")
+        found = self.model.pages[g].get(page)
+        state = "free" if found is None else "live" if found == LIVE else "cached"
+        words = f"small page {page} of group {g} is {state}, not "
+        if state != "live":
+            self.unchanged(PageError, words + "live", lambda: self.pool.release(g, page, keep=True))
+        if state != "cached":
+            self.unchanged(PageError, words + "cached", lambda: self.pool.revive(g, page))
+            self.unchanged(PageError, words + "cached", lambda: self.pool.forget(g, page))
+
+    @invariant()
+    def same_pages(self):
+        if not hasattr(self, "pool"):
+            return
+        model, pool = self.model, self.pool
+        owners = [set(model.owned(g)) for g in range(len(model.ratios))]
+        assert sum(map(len, owners)) == len(set().union(*owners)), "two groups share a large page"
+        for g, ratio in enumerate(model.ratios):
+            for s in range(model.large_pages * ratio):
+                stamp = model.pages[g].get(s)
+                state = PageState.FREE if stamp is None else PageState.LIVE if stamp == LIVE else PageState.CACHED
+                assert pool.state(g, s) == state, f"page {s} of group {g}"
+        for large in range(model.large_pages):
+            assert pool.owner(large) == next((g for g, o in enumerate(owners) if large in o), None)
+
+    @invariant()
+    def same_sums(self):
+        if not hasattr(self, "pool"):
+            return
+        model, usage = self.model, self.pool.usage()
+        assert self.pool.available == usage.free + usage.evictable == model.available()
+        assert (usage.free, usage.evictable) == (len(model.free_large()), len(model.evictable))
+        assert usage.free + usage.reserved + sum(g.large_pages for g in usage.groups) == usage.large_pages
+        for g, (ratio, group) in enumerate(zip(model.ratios, usage.groups, strict=True)):
+            assert group.live == len(self.pages_in(g, PageState.LIVE))
+            assert group.cached == len(self.pages_in(g, PageState.CACHED))
+            assert group.live + group.cached + group.stranded == ratio * group.large_pages
+            assert group.large_pages == len(model.owned(g))
+        assert self.pool.counters().evicted_pages == tuple(model.evicted)
+
+    @invariant()
+    def books_balance(self):
+        if hasattr(self, "pool"):
+            self.pool.check()
+
+
+class TestAllocator(AllocatorMachine.TestCase):
+    settings = settings(
+        max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+
+
+# -- the machine can fail: every one of these faults is found ------------------------------------------------------
+
+
+class GrantsTwice(TwoLevelAllocator):
+    def _take_slot(self, g, large):
+        page = super()._take_slot(g, large)
+        if self._slots[large]:
+            self._slots[large].insert(0, page)
+        return page
+
+
+class LosesReturnedPages(TwoLevelAllocator):
+    def _return_large(self, g, large):
+        super()._return_large(g, large)
+        if large % 3 == 2:
+            self._free.remove(large)
+
+
+class MiscountsOpenSlots(TwoLevelAllocator):
+    def _carve(self, index, g):
+        g.open_slots += 1
+        return super()._carve(index, g)
+
+
+class ForgetsToCountRevivedSlots(TwoLevelAllocator):
+    def revive(self, group, page):
+        super().revive(group, page)
+        self._groups[group].open_slots -= 1
+
+
+class EmptiestFirst(TwoLevelAllocator):
+    def _grant_one(self, index, g):
+        shared = g.mask & ~1
+        if shared:
+            return self._take_slot(g, next(iter(g.partial[(shared & -shared).bit_length() - 1])))
+        return super()._grant_one(index, g)
+
+
+class NewestEvictableFirst(TwoLevelAllocator):
+    def release(self, group, page, keep):
+        super().release(group, page, keep)
+        large = page // self.ratios[group]
+        if large in self._evictable:
+            self._evictable.move_to_end(large, last=False)
+
+
+class NeverReordersMixed(TwoLevelAllocator):
+    def _mix(self, g, large):
+        g.mixed.setdefault(large)
+
+
+class SharesBeforeWholePages(TwoLevelAllocator):
+    def allocate(self, group, count):
+        return [page for _ in range(count) for page in super(SharesBeforeWholePages, self).allocate(group, 1)]
+
+
+class IgnoresPins(TwoLevelAllocator):
+    def large_pages_needed(self, pages, pins=()):
+        return super().large_pages_needed(pages)
+
+
+class IgnoresExpectations(TwoLevelAllocator):
+    def expect(self, pages):
+        super().expect([0] * len(pages))
+
+
+class KeepsNothing(TwoLevelAllocator):
+    def release(self, group, page, keep):
+        super().release(group, page, False)
+
+
+class SwallowsDoubleFrees(TwoLevelAllocator):
+    def release(self, group, page, keep):
+        if self.state(group, page) == PageState.LIVE:
+            super().release(group, page, keep)
+
+
+class EvictsSilently(TwoLevelAllocator):
+    def _evict_large(self, large):
+        callback, self._on_evict = self._on_evict, None
+        super()._evict_large(large)
+        self._on_evict = callback
+
+
+class ClockStands(TwoLevelAllocator):
+    def tick(self):
+        pass
+
+
+class EvictsBeforeItMust(TwoLevelAllocator):
+    def _grant_one(self, index, g):
+        if g.mixed:
+            return self._reuse_cached(index, g, next(iter(g.mixed)))
+        return super()._grant_one(index, g)
+
+
+MUTANTS = [
+    GrantsTwice,
+    LosesReturnedPages,
+    MiscountsOpenSlots,
+    ForgetsToCountRevivedSlots,
+    EmptiestFirst,
+    NewestEvictableFirst,
+    NeverReordersMixed,
+    SharesBeforeWholePages,
+    IgnoresPins,
+    IgnoresExpectations,
+    KeepsNothing,
+    SwallowsDoubleFrees,
+    EvictsSilently,
+    ClockStands,
+    EvictsBeforeItMust,
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.__name__)
+def test_the_model_finds_the_fault(mutant):
+    # Without the allocator's own `check`: the model alone must see it.
+    blind = type(mutant.__name__, (mutant,), {"check": lambda self: None})
+    machine = type("Machine", (AllocatorMachine,), {"pool_class": blind})
+    thorough = settings(
+        max_examples=2000,
+        stateful_step_count=40,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    broken = (AssertionError, KeyError, IndexError, OutOfPagesError, PageError, pytest.fail.Exception)
+    with pytest.raises(broken):
+        run_state_machine_as_test(machine, settings=thorough)
+
+
+@pytest.mark.parametrize("mutant", [GrantsTwice, LosesReturnedPages, MiscountsOpenSlots, ForgetsToCountRevivedSlots])
+def test_check_finds_unbalanced_books(mutant):
+    def use(pool):
+        pages = pool.allocate(0, 3)
+        pool.check()
+        for page in pages:
+            pool.release(0, page, keep=True)
+        pool.revive(0, pages[0])
+        pool.check()
+        pool.release(0, pages[0], keep=False)
+        for page in pages[1:]:
+            pool.forget(0, page)
+        pool.check()
+
+    use(TwoLevelAllocator(6, [4, 2], reserved=2))
+    with pytest.raises(AssertionError):
+        use(mutant(6, [4, 2], reserved=2))
+
+
+# -- each step of the order, by hand -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evicted():
+    return []
+
+
+@pytest.fixture
+def pool(evicted):
+    """Two groups, 4 and 2 small pages per large page; large page 0 is reserved, 1 to 5 can be granted."""
+    return TwoLevelAllocator(6, [4, 2], on_evict=lambda g, page: evicted.append((g, page)))
+
+
+def cache(pool, group, pages):
+    pool.tick()
+    for page in pages:
+        pool.release(group, page, keep=True)
+
+
+def test_step_1_whole_large_pages_for_whole_requests(pool):
+    assert pool.allocate(0, 1) == [4]  # large page 1 is shared
+    assert pool.allocate(0, 9) == [8, 9, 10, 11, 12, 13, 14, 15, 5]  # 2 and 3 whole, the rest shares 1
+    assert pool.counters().whole_page_grants == 2
+    for page in range(8, 12):
+        pool.release(0, page, keep=False)
+    assert pool.owner(2) is None  # and comes back whole
+
+
+def test_step_2_the_fullest_partly_live_large_page(pool):
+    pages = pool.allocate(0, 8)
+    for page in (pages[0], pages[1], pages[4]):
+        pool.release(0, page, keep=False)
+    assert [pool.allocate(0, 1)[0] // 4 for _ in range(3)] == [2, 1, 1]  # 3 live beside 2, then those
+
+
+def test_step_3_a_free_large_page_before_anything_cached(pool, evicted):
+    cache(pool, 0, pool.allocate(0, 3))
+    assert pool.allocate(0, 1) == [8]
+    assert not evicted
+
+
+def test_step_4_a_free_slot_in_an_evictable_large_page_of_the_group(pool, evicted):
+    shared = pool.allocate(0, 3)
+    cache(pool, 0, shared)  # evictable, one slot free
+    pool.allocate(1, 8)
+    assert pool.allocate(0, 1) == [7]
+    assert not evicted
+    assert [pool.state(0, page) for page in shared] == [PageState.CACHED] * 3
+
+
+def test_step_5_balanced_eviction_takes_the_oldest_large_page_of_any_group(pool, evicted):
+    first, second = pool.allocate(0, 4), pool.allocate(1, 2)
+    pool.allocate(1, 6)
+    cache(pool, 1, second)
+    cache(pool, 0, first)
+    assert pool.allocate(0, 1) == [8]  # large page 2, which group 1 gave up first
+    assert evicted == [(1, page) for page in second]
+    assert pool.counters().evicted_large_pages == 1
+
+
+def test_step_5_an_old_page_beside_live_ones_goes_before_a_younger_large_page(pool, evicted):
+    old, young = pool.allocate(0, 4), pool.allocate(0, 4)
+    pool.allocate(1, 6)
+    cache(pool, 0, old[:1])
+    cache(pool, 0, young)
+    assert pool.allocate(0, 1) == old[:1]
+    assert evicted == [(0, old[0])]
+
+
+def test_step_5_in_its_own_large_page_a_group_gives_up_one_page_only(pool, evicted):
+    pages = pool.allocate(0, 4)
+    pool.allocate(1, 8)
+    cache(pool, 0, reversed(pages))  # tail first
+    assert pool.allocate(0, 1) == [pages[3]]
+    assert evicted == [(0, pages[3])]
+    assert pool.usage().groups[0].cached == 3
+
+
+def test_step_5_when_others_expect_the_large_pages_a_group_evicts_from_its_own_slots(pool, evicted):
+    mine = pool.allocate(0, 4)
+    pool.allocate(1, 6)
+    theirs = pool.allocate(1, 2)
+    cache(pool, 1, theirs)  # older, but expected by group 1
+    cache(pool, 0, mine[:1])
+    pool.expect([1, 2])
+    assert pool.allocate(0, 1) == mine[:1]
+    assert evicted == [(0, mine[0])]
+    with pytest.raises(OutOfPagesError, match="0 slots are open, and 0 large pages of 4 are available to it"):
+        pool.allocate(0, 1)
+    assert len(pool.allocate(1, 2)) == 2
+
+
+def test_mixed_large_pages_are_evicted_in_order_of_their_oldest_page(evicted):
+    pool = TwoLevelAllocator(3, [4], on_evict=lambda g, page: evicted.append(page))
+    x, y = pool.allocate(0, 4), pool.allocate(0, 4)
+    cache(pool, 0, x[:1])
+    cache(pool, 0, y[:1])
+    cache(pool, 0, x[1:2])
+    pool.allocate(0, 3)
+    assert evicted == [x[0], y[0], x[1]]  # by age, not all of x first
+
+
+def test_what_a_hit_leaves_behind_keeps_its_age(evicted):
+    pool = TwoLevelAllocator(3, [4], on_evict=lambda g, page: evicted.append(page))
+    x, y = pool.allocate(0, 4), pool.allocate(0, 4)
+    cache(pool, 0, x)
+    cache(pool, 0, y[:1])
+    pool.revive(0, x[0])  # x is partly live again; its other pages are still older than y's
+    pool.allocate(0, 4)
+    assert evicted == [*x[1:], y[0]]
+
+
+@pytest.mark.parametrize(("group", "page"), [(-1, 8), (2, 8), (0, -1), (0, 24), (1, 12)])
+def test_groups_and_pages_that_are_not_there_are_named(pool, group, page):
+    pool.allocate(0, 4)
+    pool.allocate(1, 4)
+    before = books(pool)
+    for operation in (pool.revive, pool.forget, pool.state, lambda g, p: pool.release(g, p, keep=False)):
+        with pytest.raises(PageError, match=f"no group {group}|group {group} has no small page {page}"):
+            operation(group, page)
+    assert books(pool) == before
+
+
+@pytest.mark.parametrize(("group", "count"), [(-1, 1), (2, 1), (0, -1)])
+def test_allocations_that_mean_nothing_are_refused(pool, group, count):
+    before = books(pool)
+    with pytest.raises(PageError, match=f"cannot allocate {count} small pages of group {group}"):
+        pool.allocate(group, count)
+    with pytest.raises(ValueError, match="3 expectations for 2 groups"):
+        pool.expect([1, 1, 1])
+    assert books(pool) == before
+
+
+@pytest.mark.parametrize(
+    ("large_pages", "ratios", "words"), [(1, [2], "none is left"), (4, [], "at least one"), (4, [0], "0")]
+)
+def test_pools_that_cannot_be(large_pages, ratios, words):
+    with pytest.raises(ValueError, match=words):
+        TwoLevelAllocator(large_pages, ratios)
+
+
+def drain_time(large_pages):
+    """Seconds per page to take, one by one, the free slot of every evictable large page (step 4)."""
+    pool = TwoLevelAllocator(large_pages, [2], reserved=0)
+    pages = pool.allocate(0, 2 * large_pages)
+    for page in pages[::2]:
+        pool.release(0, page, keep=False)
+    for page in pages[1::2]:
+        pool.release(0, page, keep=True)
+    start = time.perf_counter()
+    for _ in range(large_pages):
+        pool.allocate(0, 1)
+        pool.allocate(0, 1)
+    return (time.perf_counter() - start) / large_pages
+
+
+def test_taking_the_first_of_many_is_not_a_scan():
+    small, big = (min(drain_time(n) for _ in range(3)) for n in (500, 16_000))
+    assert big < 6 * small  # a scan would make it 32 times
