@@ -111,13 +111,18 @@ def choose_layout(groups: Sequence[LayerGroup], memory_bytes: int) -> Layout:
     """The candidate with the least expected waste (padding plus stranding) in `memory_bytes`.
 
     Raises:
-        LayoutError: no groups, or a group without bytes.
+        LayoutError: no groups, or a group without bytes, tokens or alignment.
     """
     if not groups:
         raise LayoutError("a layout needs at least one layer group")
     for group in groups:
-        if group.page_bytes < 1:
-            raise LayoutError(f"group {group.name}: a page of {group.page_bytes} bytes cannot be laid out")
+        for quantity, value in (
+            ("page_bytes", group.page_bytes),
+            ("page_tokens", group.page_tokens),
+            ("alignment", group.alignment),
+        ):
+            if value < 1:
+                raise LayoutError(f"group {group.name}: {quantity} is {value}, it must be at least 1")
     exact = exact_layout(groups, memory_bytes)
     candidates = [exact] + [
         _assess(groups, large, ratios, memory_bytes, "padded to a small ratio")
@@ -131,7 +136,7 @@ def _assess(groups: Sequence[LayerGroup], large: int, ratios: Sequence[int], mem
     padding = stranded = 0.0
     for tokens in TYPICAL_TOKENS:
         held = [c.group.policy.pages_needed(tokens, c.group.page_tokens) * c.stride for c in chosen]
-        total = sum(held)
+        total = sum(held) or 1  # groups that hold nothing at this length waste nothing
         for c, share in zip(chosen, held, strict=True):
             padding += share / total * c.padding / c.stride / len(TYPICAL_TOKENS)
             stranded += share / total * STRANDING * (1 - 1 / c.ratio) / len(TYPICAL_TOKENS)

@@ -657,5 +657,5 @@ def drain_time(large_pages):
 
 
 def test_taking_the_first_of_many_is_not_a_scan():
-    small, big = (min(drain_time(n) for _ in range(3)) for n in (500, 16_000))
-    assert big < 6 * small  # a scan would make it 32 times
+    small, big = (min(drain_time(n) for _ in range(3)) for n in (1_000, 100_000))
+    assert big < 3 * small  # finding the first key of a plain dict makes it 7 times
