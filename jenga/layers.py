@@ -29,7 +29,7 @@ class Counts(Enum):
 class LayerType:
     """Layers of a model that store the same bytes for the same tokens, on one tensor-parallel rank.
 
-    A layer stores either `cell_bytes` for every `cell_tokens` tokens, or one state of `state_bytes` per sequence.
+    A layer stores either `cell_bytes` for every `cell_tokens` tokens, or `copies` states of `state_bytes` per sequence.
     """
 
     name: str
@@ -38,15 +38,20 @@ class LayerType:
     cell_bytes: int = 0
     cell_tokens: int = 1
     state_bytes: int = 0
+    copies: int = 1
     block_tokens: int = 16
     """A page's tokens must be a multiple of this (the smallest block that the kernels take)."""
+    max_block_tokens: int | None = None
+    """Largest block that the kernels take, if there is one."""
     alignment: int = 16
     """Bytes that must divide the distance between pages."""
     counts: Counts = Counts.TEXT
+    shape: tuple[int, ...] = ()
+    """Heads and their sizes, for engines that group only layers of equal shape."""
 
     @property
     def is_state(self) -> bool:
-        """One state per sequence, whatever its length."""
+        """The same memory for every sequence, whatever its length."""
         return self.state_bytes > 0
 
     def page_bytes(self, page_tokens: int) -> int:
@@ -56,7 +61,7 @@ class LayerType:
             ValueError: `page_tokens` is not a multiple of the cell.
         """
         if self.is_state:
-            return self.state_bytes
+            return self.state_bytes * self.copies
         if page_tokens % self.cell_tokens:
             raise ValueError(
                 f"{self.name}: pages of {page_tokens} tokens do not hold whole cells of {self.cell_tokens}"

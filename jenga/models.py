@@ -6,6 +6,7 @@ configuration (`jenga.hf_config`).  `ModelSpec.layer_types` resolves them for a 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -22,6 +23,7 @@ from jenga.policies import (
     LatentIndexer,
     LayerPolicy,
     RecurrentState,
+    Scratch,
     SlidingWindow,
     TokenBudget,
 )
@@ -48,8 +50,8 @@ class _Layers(_Strict):
     """Shown in tables; the kind, if left out."""
     layers: int = Field(gt=0)
 
-    def resolve(self, dtypes: Dtypes, tp: int) -> LayerType:
-        """This type's bytes on one of `tp` ranks.
+    def resolve(self, dtypes: Dtypes, tp: int) -> tuple[LayerType, ...]:
+        """What the layers store on one of `tp` ranks; several types if they store things of unlike lifetime.
 
         Raises:
             ModelError: the ranks cannot share it.
@@ -86,24 +88,29 @@ class _Attention(_Layers):
     value_head_size: int | None = Field(default=None, gt=0)
     block_tokens: int = Field(default=16, gt=0)
     """Smallest block of tokens that the attention kernels take."""
+    max_block_tokens: int | None = Field(default=None, gt=0)
+    """Largest block that they take; none if they take every multiple of the smallest."""
     counts: ClassVar[Counts] = Counts.TEXT
 
     def policy(self) -> LayerPolicy:
         """Memory rules of the type."""
         return FullAttention()
 
-    def resolve(self, dtypes: Dtypes, tp: int) -> LayerType:
+    def resolve(self, dtypes: Dtypes, tp: int) -> tuple[LayerType, ...]:
         policy = self.policy()
         heads = _divide(f"{self.name or policy.kind}: kv_heads", self.kv_heads, tp)
-        elements = heads * (self.head_size + (self.value_head_size or self.head_size))
-        return LayerType(
+        value_head_size = self.value_head_size or self.head_size
+        resolved = LayerType(
             name=self.name or policy.kind,
             policy=policy,
             layers=self.layers,
-            cell_bytes=elements * DTYPE_BYTES[dtypes.kv],
+            cell_bytes=heads * (self.head_size + value_head_size) * DTYPE_BYTES[dtypes.kv],
             block_tokens=self.block_tokens,
+            max_block_tokens=self.max_block_tokens,
             counts=self.counts,
+            shape=(heads, self.head_size, value_head_size),
         )
+        return (resolved,)
 
 
 class FullAttentionLayers(_Attention):
@@ -162,14 +169,16 @@ class LatentLayers(_Layers):
     """Given for packed formats (latent, scales and padding), whose size no data type tells."""
     block_tokens: int = Field(default=64, gt=0)
 
-    def resolve(self, dtypes: Dtypes, tp: int) -> LayerType:
-        return LayerType(
+    def resolve(self, dtypes: Dtypes, tp: int) -> tuple[LayerType, ...]:
+        resolved = LayerType(
             name=self.name or self.kind,
             policy=LatentAttention(),
             layers=self.layers,
             cell_bytes=self.bytes_per_token or self.latent_size * DTYPE_BYTES[dtypes.kv],
             block_tokens=self.block_tokens,
+            shape=(1, self.latent_size, 0),
         )
+        return (resolved,)
 
 
 class IndexerLayers(_Layers):
@@ -180,15 +189,34 @@ class IndexerLayers(_Layers):
     cell_tokens: int = Field(default=1, gt=0)
     block_tokens: int = Field(default=64, gt=0)
 
-    def resolve(self, dtypes: Dtypes, tp: int) -> LayerType:
-        return LayerType(
+    def resolve(self, dtypes: Dtypes, tp: int) -> tuple[LayerType, ...]:
+        resolved = LayerType(
             name=self.name or self.kind,
             policy=LatentIndexer(),
             layers=self.layers,
             cell_bytes=self.cell_bytes,
             cell_tokens=self.cell_tokens,
             block_tokens=self.block_tokens,
+            shape=(1, self.cell_bytes, 0),
         )
+        return (resolved,)
+
+
+class ScratchLayers(_Layers):
+    """Working memory of `state_bytes` per layer and running sequence, the same on every rank, never cached."""
+
+    kind: Literal["scratch"]
+    state_bytes: int = Field(gt=0)
+
+    def resolve(self, dtypes: Dtypes, tp: int) -> tuple[LayerType, ...]:
+        resolved = LayerType(
+            name=self.name or self.kind,
+            policy=Scratch(),
+            layers=self.layers,
+            state_bytes=self.state_bytes,
+            block_tokens=1,
+        )
+        return (resolved,)
 
 
 class Mamba1State(_Strict):
@@ -199,10 +227,10 @@ class Mamba1State(_Strict):
     state_size: int = Field(gt=0)
     conv_kernel: int = Field(gt=1)
 
-    def elements(self, tp: int) -> tuple[int, int]:
-        """Elements of the convolution and the recurrent part on one of `tp` ranks."""
+    def elements(self, tp: int) -> tuple[int, int, int]:
+        """On one of `tp` ranks: channels and tokens of the convolution's window, elements of the recurrent part."""
         channels = _shard("mamba1 channels", self.channels, tp)
-        return channels * (self.conv_kernel - 1), channels * self.state_size
+        return channels, self.conv_kernel - 1, channels * self.state_size
 
 
 class Mamba2State(_Strict):
@@ -215,13 +243,13 @@ class Mamba2State(_Strict):
     state_size: int = Field(gt=0)
     conv_kernel: int = Field(gt=1)
 
-    def elements(self, tp: int) -> tuple[int, int]:
-        """Elements of the convolution and the recurrent part on one of `tp` ranks."""
+    def elements(self, tp: int) -> tuple[int, int, int]:
+        """On one of `tp` ranks: channels and tokens of the convolution's window, elements of the recurrent part."""
         heads = _shard("mamba2 heads", self.heads, tp)
         # Groups that the ranks cannot share evenly are replicated, so that each rank has those of its heads.
         groups = self.groups if self.groups % tp == 0 else self.groups + tp - self.groups
         width = _shard("mamba2 channels", self.heads * self.head_dim + 2 * groups * self.state_size, tp)
-        return width * (self.conv_kernel - 1), heads * self.head_dim * self.state_size
+        return width, self.conv_kernel - 1, heads * self.head_dim * self.state_size
 
 
 class DeltaNetState(_Strict):
@@ -234,15 +262,15 @@ class DeltaNetState(_Strict):
     value_head_dim: int = Field(gt=0)
     conv_kernel: int = Field(gt=1)
 
-    def elements(self, tp: int) -> tuple[int, int]:
-        """Elements of the convolution and the recurrent part on one of `tp` ranks."""
+    def elements(self, tp: int) -> tuple[int, int, int]:
+        """On one of `tp` ranks: channels and tokens of the convolution's window, elements of the recurrent part."""
         heads = _shard(f"{self.type} value heads", self.value_heads, tp)
         width = _shard(
             f"{self.type} channels",
             2 * self.key_heads * self.key_head_dim + self.value_heads * self.value_head_dim,
             tp,
         )
-        return width * (self.conv_kernel - 1), heads * self.value_head_dim * self.key_head_dim
+        return width, self.conv_kernel - 1, heads * self.value_head_dim * self.key_head_dim
 
 
 def _shard(what: str, count: int, tp: int) -> int:
@@ -254,20 +282,30 @@ def _shard(what: str, count: int, tp: int) -> int:
 
 
 class RecurrentLayers(_Layers):
-    """Layers that fold the past into one state per sequence."""
+    """Layers that fold the past into one state per sequence.
+
+    With speculative decoding a running sequence also keeps the state after each of `draft_tokens` draft tokens, and
+    the convolution's window is longer by as many.
+    """
 
     kind: Literal["recurrent_state"]
     state: Annotated[Mamba1State | Mamba2State | DeltaNetState, Field(discriminator="type")]
+    draft_tokens: int = Field(default=0, ge=0)
 
-    def resolve(self, dtypes: Dtypes, tp: int) -> LayerType:
-        conv, recurrent = self.state.elements(tp)
-        return LayerType(
-            name=self.name or self.state.type,
+    def resolve(self, dtypes: Dtypes, tp: int) -> tuple[LayerType, ...]:
+        channels, window, recurrent = self.state.elements(tp)
+        conv = channels * (window + self.draft_tokens)
+        name = self.name or self.state.type
+        state = LayerType(
+            name=name,
             policy=RecurrentState(),
             layers=self.layers,
             state_bytes=conv * DTYPE_BYTES[dtypes.conv] + recurrent * DTYPE_BYTES[dtypes.state],
             block_tokens=1,
         )
+        if not self.draft_tokens:
+            return (state,)
+        return (state, replace(state, name=f"{name} drafts", policy=Scratch(), copies=self.draft_tokens))
 
 
 AnyLayers = Annotated[
@@ -278,6 +316,7 @@ AnyLayers = Annotated[
     | CrossAttentionLayers
     | LatentLayers
     | IndexerLayers
+    | ScratchLayers
     | RecurrentLayers,
     Field(discriminator="kind"),
 ]
@@ -309,7 +348,7 @@ class ModelSpec(_Strict):
             update={k: v for k, v in (("kv", kv_dtype), ("state", state_dtype)) if v is not None}
         )
         try:
-            return tuple(layers.resolve(dtypes, tp or self.tp) for layers in self.layers)
+            return tuple(kind for layers in self.layers for kind in layers.resolve(dtypes, tp or self.tp))
         except ModelError as error:
             raise ModelError(f"{self.name}: {error}") from None
 

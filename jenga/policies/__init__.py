@@ -5,6 +5,7 @@ from jenga.policies.base import CachedTest, LayerPolicy, policy_class, register
 from jenga.policies.budget import TokenBudget
 from jenga.policies.items import CrossAttention, VisionEmbedding
 from jenga.policies.recurrent import RecurrentState
+from jenga.policies.scratch import Scratch
 
 __all__ = [
     "CachedTest",
@@ -15,6 +16,7 @@ __all__ = [
     "LatentIndexer",
     "LayerPolicy",
     "RecurrentState",
+    "Scratch",
     "SlidingWindow",
     "TokenBudget",
     "VisionEmbedding",

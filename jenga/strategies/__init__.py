@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from jenga.layers import LayerType
-from jenga.strategies import gcd, jenga, maximum, paged, static
+from jenga.strategies import gcd, jenga, maximum, paged, static, vllm
 from jenga.strategies.base import Plan, PlanError, SequenceBytes, Share, Strategy, Workload
 from jenga.strategies.pools import Pool
 
@@ -15,6 +15,7 @@ STRATEGIES: dict[str, Strategy] = {
     maximum.NAME: maximum.plan,
     gcd.NAME: gcd.plan,
     static.NAME: static.plan,
+    vllm.NAME: vllm.plan,
     jenga.NAME: jenga.plan,
 }
 """By name, in the order in which tables show them."""
