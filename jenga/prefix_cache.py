@@ -14,13 +14,14 @@ Not safe for use by several threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import Protocol
 
 from jenga.allocator import EvictCallback, OutOfPagesError, Usage
 from jenga.hits import GroupCache, Hit, longest_common_hit
+from jenga.layers import Counts
 from jenga.metrics import LiveUse
 from jenga.policies import CachedTest, LayerPolicy
 
@@ -74,10 +75,11 @@ _FAR = 1 << 40  # tokens; longer than any sequence
 class _Sequence:
     """One request's block tables."""
 
-    __slots__ = ("boundaries", "computed", "dropped", "ends", "keep", "keys", "pages")
+    __slots__ = ("boundaries", "computed", "dropped", "ends", "image_tokens", "keep", "keys", "pages")
 
-    def __init__(self, keys: Keys, computed: int, match: Match, ends: list[int]) -> None:
+    def __init__(self, keys: Keys, computed: int, match: Match, ends: list[int], image_tokens: int) -> None:
         self.keys = keys
+        self.image_tokens = image_tokens
         self.computed = computed
         self.pages = [dict(held) for held in match.pages]
         self.ends = ends  # per group, the first page index not allocated yet
@@ -89,12 +91,21 @@ class _Sequence:
 class PrefixCache:
     """Block tables, reference counts and the prefix index of all groups.
 
-    `pool` is called with the eviction callback and returns the pool to use.  `groups` in the pool's order.
+    `pool` is called with the eviction callback and returns the pool to use.  `groups` in the pool's order;
+    `counts` says which tokens each stores something for (text, if left out).  Images are taken to be nobody
+    else's and to come first, so a request with images finds nothing in the cache and leaves nothing there.
     """
 
-    def __init__(self, groups: Sequence[CachedGroup], pool: Callable[[EvictCallback], PagePool]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[CachedGroup],
+        pool: Callable[[EvictCallback], PagePool],
+        counts: Sequence[Counts] | None = None,
+    ) -> None:
         self.groups = tuple(groups)
-        self.alignment = lcm(*(g.page_tokens for g in groups))
+        self.counts = tuple(counts or [Counts.TEXT] * len(self.groups))
+        self._text = [g for g, kind in enumerate(self.counts) if kind is not Counts.IMAGES]
+        self.alignment = lcm(*(self.groups[g].page_tokens for g in self._text))
         """Granularity of hits, in tokens."""
         self.pool = pool(self._evicted)
         self.has_states = any(not g.policy.token_pages for g in groups)
@@ -104,8 +115,12 @@ class PrefixCache:
         self._refs: list[dict[int, int]] = [{} for _ in groups]
         self._dense = [g.policy.resident_from(_FAR, g.page_tokens) == 0 for g in groups]  # need every page
         # They bound a hit most tightly: ask them first.
-        self._lookup_order = sorted(range(len(groups)), key=lambda g: not self._dense[g])
+        self._lookup_order = sorted(self._text, key=lambda g: not self._dense[g])
+        # Token budgets: their pages become useless to others as the sequence grows, so they are never shared.
+        self._capped = [g in self._text and not p.policy.reusable(0, _FAR, p.page_tokens) for g, p in enumerate(groups)]
         self._grown: list[Hashable] = []  # since the last `end_step`
+        self.releases = 0
+        """Pages given back to the pool since start: what did not fit may fit when this has changed."""
 
     # -- questions ------------------------------------------------------------------------------------------
 
@@ -131,6 +146,11 @@ class PrefixCache:
         """
         return dict(self._require(request).pages[group])
 
+    def tables(self, group: int) -> Iterator[tuple[int, int, Mapping[int, int]]]:
+        """Computed tokens, image tokens, and pages held in `group`, of every request."""
+        for sequence in self._sequences.values():
+            yield sequence.computed, sequence.image_tokens, sequence.pages[group]
+
     def lookup(self, keys: Keys, limit_tokens: int) -> Match:
         """The longest prefix of at most `limit_tokens` tokens that can be resumed.  No side effects."""
         caches = [
@@ -140,37 +160,45 @@ class PrefixCache:
         hit = longest_common_hit(caches, limit_tokens, self.alignment)
         pages: list[dict[int, int]] = []
         for g, group in enumerate(self.groups):
+            if self.counts[g] is Counts.IMAGES:
+                pages.append({})
+                continue
             needed = group.policy.pages_of_hit(hit.tokens // group.page_tokens, group.page_tokens)
             index, own = self._index[g], keys[g]
             pages.append({i: index[own[i]] for i in needed})
         return Match(hit, tuple(pages))
 
-    def needs(self, match: Match, tokens: int, chunk: int) -> list[int]:
+    def no_match(self) -> Match:
+        """The match of a request that finds nothing."""
+        return Match(Hit(0, 0, None), tuple({} for _ in self.groups))
+
+    def needs(self, match: Match, tokens: int, chunk: int, image_tokens: int = 0) -> list[int]:
         """New small pages per group to compute a sequence of `tokens` tokens from `match` on, at its peak.
 
         `chunk` is the most tokens computed at once: windows slide only between chunks.
         """
         boundaries = self._boundaries(match.hit, tokens)
         needs = []
-        for group, held in zip(self.groups, match.pages, strict=True):
+        for g, (group, held) in enumerate(zip(self.groups, match.pages, strict=True)):
             size = group.page_tokens
-            if group.policy.token_pages:
-                # The last chunk may start anywhere in a page.
-                first = group.policy.resident_from(max(match.hit.tokens, tokens - chunk - size + 1), size)
-                kept = sum(1 for i in held if i >= first) if first else len(held)
-                needs.append(-(-tokens // size) - first - kept)
-            else:  # the state; while it leaves one behind at a boundary, both
+            if not group.policy.token_pages:  # the state; while it leaves one behind at a boundary, both
                 needs.append(2 if boundaries and not held else 1)
+                continue
+            # The last chunk may start anywhere in a page.
+            start = max(match.hit.tokens, tokens - chunk - size + 1)
+            first = self._resident(g, start)
+            kept = sum(1 for i in held if i >= first) if first else len(held)
+            needs.append(self._end(g, tokens, image_tokens) - first - kept)
         return needs
 
-    def fits(self, match: Match, tokens: int, chunk: int) -> bool:
+    def fits(self, match: Match, tokens: int, chunk: int, image_tokens: int = 0) -> bool:
         """Whether a sequence of `tokens` tokens has room now, with the pages of `match` held.
 
         Exact for the first chunk.  Windows that slide may leave large pages partly used, so a later chunk can still
         find no page although nothing else was admitted.
         """
         pins = [list(held.values()) for held in match.pages]
-        return self.pool.fits(self.needs(match, tokens, chunk), pins)
+        return self.pool.fits(self.needs(match, tokens, chunk, image_tokens), pins)
 
     def room(self, request: Hashable) -> int:
         """Length in tokens up to which `request` can grow in the pages it holds.
@@ -182,7 +210,7 @@ class PrefixCache:
         room = _FAR
         for g, group in enumerate(self.groups):
             if group.policy.token_pages:
-                room = min(room, sequence.ends[g] * group.page_tokens)
+                room = min(room, self._room(g, sequence))
             elif self._running_state(g, sequence) is None:  # what it holds must stay as it is
                 room = sequence.computed
         return room
@@ -209,14 +237,15 @@ class PrefixCache:
                     stale = sum(1 for i, page in sequence.pages[g].items() if i < first and refs[page] == 1)
                 empty = 0
                 if group.policy.token_pages:
-                    empty = max(0, sequence.ends[g] * group.page_tokens - sequence.computed)
+                    stored = self.counts[g].length(sequence.computed, sequence.image_tokens)
+                    empty = max(0, sequence.ends[g] * group.page_tokens - stored)
                 partial = -(-empty // group.page_tokens)
                 if stale or partial:
                     yield LiveUse(g, stale + partial, partial, empty)
 
     # -- operations -----------------------------------------------------------------------------------------
 
-    def admit(self, request: Hashable, keys: Keys, match: Match, prompt_tokens: int) -> None:
+    def admit(self, request: Hashable, keys: Keys, match: Match, prompt_tokens: int, image_tokens: int = 0) -> None:
         """Start `request`: hold the pages of `match`, and choose what to keep of a prompt of `prompt_tokens` tokens.
 
         Raises:
@@ -229,7 +258,8 @@ class PrefixCache:
                 if self._key[g].get(page) != keys[g][i]:
                     raise RequestError(f"request {request!r}: page {page} of group {g} is gone, look up again")
         start = match.hit.tokens
-        sequence = _Sequence(keys, start, match, [start // g.page_tokens for g in self.groups])
+        ends = [0 if g not in self._text else start // group.page_tokens for g, group in enumerate(self.groups)]
+        sequence = _Sequence(keys, start, match, ends, image_tokens)
         for g, held in enumerate(match.pages):
             refs = self._refs[g]
             for page in held.values():
@@ -237,7 +267,8 @@ class PrefixCache:
                 if not count:
                     self.pool.revive(g, page)
                 refs[page] = count + 1
-        sequence.boundaries = self._boundaries(match.hit, prompt_tokens)
+        if not image_tokens:
+            sequence.boundaries = self._boundaries(match.hit, prompt_tokens)
         for group in self.groups:
             size = group.page_tokens
             sequence.keep.append([group.policy.pages_of_hit(b // size, size) for b in sequence.boundaries])
@@ -338,6 +369,19 @@ class PrefixCache:
         group = self.groups[g]
         return group.policy.resident_from(tokens, group.page_tokens)
 
+    def _end(self, g: int, tokens: int, image_tokens: int) -> int:
+        """Pages of a sequence that attention group `g` stores anything for, dropped ones included."""
+        group = self.groups[g]
+        end = -(-self.counts[g].length(tokens, image_tokens) // group.page_tokens)
+        return end if not self._capped[g] else group.policy.pages_needed(end * group.page_tokens, group.page_tokens)
+
+    def _room(self, g: int, sequence: _Sequence) -> int:
+        """Tokens up to which a sequence can grow in its pages of attention group `g`."""
+        end = sequence.ends[g]
+        if self.counts[g] is Counts.IMAGES or self._end(g, _FAR, 0) == end:
+            return _FAR
+        return end * self.groups[g].page_tokens - self.counts[g].length(0, sequence.image_tokens)
+
     def _boundaries(self, hit: Hit, prompt_tokens: int) -> tuple[int, ...]:
         """Lengths at which to keep what a hit there needs, in tokens, ascending."""
         # A hit leaves at least one token to compute, so an equal prompt resumes before its last token.
@@ -348,7 +392,7 @@ class PrefixCache:
         """Indices of the pages to allocate."""
         size = self.groups[g].page_tokens
         if self.groups[g].policy.token_pages:
-            return range(sequence.ends[g], -(-tokens // size))
+            return range(sequence.ends[g], self._end(g, tokens, sequence.image_tokens))
         return () if self._running_state(g, sequence) is not None else ((tokens - 1) // size,)
 
     def _running_state(self, g: int, sequence: _Sequence) -> int | None:
@@ -375,6 +419,7 @@ class PrefixCache:
             refs[page] = count - 1
             return
         del refs[page]
+        self.releases += 1
         self.pool.tick()
         self.pool.release(g, page, page in self._key[g])
 
@@ -391,8 +436,10 @@ class PrefixCache:
                 if tokens in sequence.boundaries:
                     self._index_pages(g, sequence, range(tokens // size - 1, tokens // size))
                 continue
-            sequence.ends[g] = max(sequence.ends[g], -(-tokens // size))
+            sequence.ends[g] = max(sequence.ends[g], self._end(g, tokens, sequence.image_tokens))
             first, last = before // size, tokens // size
+            if sequence.image_tokens or self._capped[g] or g not in self._text:
+                continue
             if self._dense[g]:
                 self._index_pages(g, sequence, range(first, last))
             elif first < last:
@@ -403,7 +450,7 @@ class PrefixCache:
         """The next turn of a conversation resumes where this one ends: its windows are at hand, so keep them too."""
         tokens = sequence.computed // self.alignment * self.alignment
         for g, group in enumerate(self.groups):
-            if group.policy.token_pages and not self._dense[g]:
+            if group.policy.token_pages and not self._dense[g] and not sequence.image_tokens:
                 window = group.policy.pages_of_hit(tokens // group.page_tokens, group.page_tokens)
                 if all(i in sequence.pages[g] for i in window):
                     self._index_pages(g, sequence, window)

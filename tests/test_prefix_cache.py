@@ -83,7 +83,6 @@ class CacheMachine(RuleBasedStateMachine):
                 self.contents[g, page] = keys[g][i] if done else ("partial", serial, i)
 
     def grow(self, serial: int, tokens: int) -> None:
-        trace, keys, cap = self.requests[serial]
         before = self.cache.computed(serial)
         indexed = tuple(set(index.values()) for index in self.cache.snapshot_index())
         live = {(g, p) for r in self.requests for g in range(len(self.groups)) for p in self.cache.pages(r, g).values()}

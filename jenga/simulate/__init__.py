@@ -1,0 +1,24 @@
+"""Serving simulated on the real allocator, policies and prefix cache: no GPU, no model."""
+
+from jenga.simulate.clairvoyant import HitBound, dense_bytes_per_token, hit_bound
+from jenga.simulate.cost import StepCost
+from jenga.simulate.engine import Limits, Simulation, simulate
+from jenga.simulate.exact import exact_plan
+from jenga.simulate.report import CAUSES, WASTE, MemorySample, Percentiles, SimulationResult, bytes_by_cause
+
+__all__ = [
+    "CAUSES",
+    "WASTE",
+    "HitBound",
+    "Limits",
+    "MemorySample",
+    "Percentiles",
+    "Simulation",
+    "SimulationResult",
+    "StepCost",
+    "bytes_by_cause",
+    "dense_bytes_per_token",
+    "exact_plan",
+    "hit_bound",
+    "simulate",
+]
