@@ -100,11 +100,12 @@ def padded_layouts(groups: Sequence[LayerGroup]) -> Iterable[tuple[int, list[int
     strides = [_round_up(g.page_bytes, g.alignment) for g in groups]
     biggest = max(strides)
     for count in range(1, MAX_LARGEST_RATIO + 1):
-        ratios = [count * biggest // s for s in strides]
-        unit = lcm(*(r * g.alignment for r, g in zip(ratios, groups, strict=True)))
-        large = _round_up(max(r * s for r, s in zip(ratios, strides, strict=True)), unit)
-        if all(1 - r * g.page_bytes / large <= MAX_PADDING for r, g in zip(ratios, groups, strict=True)):
-            yield large, ratios
+        # Rounded down the small pages are padded, rounded up the big ones.
+        for ratios in ([count * biggest // s for s in strides], [-(-count * biggest // s) for s in strides]):
+            unit = lcm(*(r * g.alignment for r, g in zip(ratios, groups, strict=True)))
+            large = _round_up(max(r * s for r, s in zip(ratios, strides, strict=True)), unit)
+            if all(1 - r * g.page_bytes / large <= MAX_PADDING for r, g in zip(ratios, groups, strict=True)):
+                yield large, ratios
 
 
 def choose_layout(groups: Sequence[LayerGroup], memory_bytes: int) -> Layout:
