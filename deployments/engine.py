@@ -1,18 +1,27 @@
 """Engine replica: Ray's LLMServer and vLLM engine, with our metrics and a start-up error that tells why."""
 
+import asyncio
 import contextlib
 import logging
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ray.serve.llm.deployment import LLMServer
 
 from deployments.failures import in_our_terms, root_cause
+from deployments.metrics import Exporter
+from jenga.metrics import Sample
+from jenga.metrics.engine import EngineReport, report_samples
 
 logger = logging.getLogger("ray.serve")
 
 # Read back at most this much of a replica's log when its engine fails.
 _LOG_TAIL_BYTES = 1 << 20
+# How often the memory's state is asked for, and how long an answer may take.
+_PERIOD_S = 2.0
+_ANSWER_S = 10.0
 
 
 class EngineStartError(RuntimeError):
@@ -39,6 +48,33 @@ class JengaServer(LLMServer):
                     max_model_len=kwargs.get("max_model_len"),
                 )
             ) from None
+        self._metrics = asyncio.create_task(self._export_metrics())
+
+    async def _export_metrics(self) -> None:
+        """Ask the engine core for its memory now and then, and hand the samples to Ray.
+
+        The core answers between two steps, so what is exported is consistent, also when it idles.
+        """
+        exporter = Exporter()
+        core = self.engine._engine_client.engine_core
+        while True:
+            try:
+                data = await asyncio.wait_for(core.call_utility_async("jenga_memory"), _ANSWER_S)
+            except TimeoutError:
+                # Busy with a long step; the next question comes anyway.
+                data = None
+            except Exception as error:
+                # No plugin in the core (JENGA=0), or no core any more.
+                logger.warning("no memory metrics from this engine: %s", error)
+                return
+            if data is not None:
+                exporter.publish(_memory_samples(data))
+            await asyncio.sleep(_PERIOD_S)
+
+
+def _memory_samples(data: Mapping[str, Any]) -> Iterator[Sample]:
+    """Samples of what `jenga_memory` answered; lazily, so that the exporter meets its faults."""
+    yield from report_samples(EngineReport.from_dict(data))
 
 
 def _reason_in(log: Path, begin: int) -> str | None:

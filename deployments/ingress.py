@@ -4,11 +4,12 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from ray.exceptions import RayActorError
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
@@ -97,9 +98,40 @@ def refusal(message: str, status: int) -> JSONResponse:
     return error_response(message, status, param=parameter["name"] if parameter else None, code=code)
 
 
+class BodyRoute(APIRoute):
+    """A route that tells faults of the body from faults of the server.
+
+    vLLM's request classes trip over some bodies (`messages: 3`) with whatever Python raises.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, which reads the body and calls the endpoint."""
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except (HTTPException, OpenAIHTTPException, RequestValidationError, VLLMClientError):
+                raise
+            except Exception as error:
+                if not getattr(request.state, "body_was_read", False):
+                    return error_response(
+                        f"The request body has not the form that {request.url.path} expects: {error}.",
+                        400,
+                        code="invalid_value",
+                    )
+                logger.exception("a request failed")
+                return error_response(
+                    "The server failed on this request; its log tells why.", 500, code="internal_error"
+                )
+
+        return guarded
+
+
 def build_fastapi() -> FastAPI:
     """Ray's FastAPI application (request ids, metrics, CORS) with our error handlers."""
     app = init()
+    app.router.route_class = BodyRoute
 
     async def on_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         return validation_response(error)
@@ -176,20 +208,19 @@ class Ingress(OpenAiIngress):
             body = error_body(f"The engine failed: {type(error).__name__}.", 500, code="engine_error")
             yield f"data: {json.dumps(body)}\n\n"
 
-    async def _process_llm_request(self, body: Any, *args: Any, **kwargs: Any) -> Response:
-        """Ray's handling; what it does not foresee is logged here and told without its traceback."""
+    async def _process_llm_request(self, body: Any, call_method: str, raw_request: Request | None = None) -> Response:
+        """Ray's handling; what a replica raises becomes an answer that says whose fault it was."""
+        if raw_request is not None:
+            raw_request.state.body_was_read = True
         try:
-            return await super()._process_llm_request(body, *args, **kwargs)
-        except (HTTPException, OpenAIHTTPException, VLLMClientError):
-            raise
+            return await super()._process_llm_request(body, call_method, raw_request)
         except (EngineDeadError, RayActorError):
             logger.exception("a replica died under a request")
             return error_response("The replica that had this request died; try again.", 503, code="engine_unavailable")
-        except Exception:
-            if not _is_unicode(prompt_of(body)):
-                return error_response("The prompt is not valid Unicode (a lone surrogate).", 400, code="invalid_value")
-            logger.exception("a request failed")
-            return error_response("The server failed on this request; its log tells why.", 500, code="internal_error")
+        except TypeError:
+            if _is_unicode(prompt_of(body)):
+                raise
+            return error_response("The prompt is not valid Unicode (a lone surrogate).", 400, code="invalid_value")
 
 
 def _is_unicode(prompt: object) -> bool:

@@ -1,0 +1,404 @@
+"""`jenga serve` from end to end: two real engines behind the router, on a machine's own terms.
+
+Starts one deployment for the whole file, in its own state folder and on free ports.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from deployments.local.ports import free_ports
+from deployments.local.record import Record, read
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "gemma3-recall"
+MAX_LEN = 512
+LONG_PROMPT = "K" * 300
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def jenga(state: Path, *arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    """Run the program as a user does, not from the repository."""
+    script = Path(sys.executable).parent / "jenga"
+    return subprocess.run(
+        [str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"JENGA_STATE_DIR": str(state), "COLUMNS": "200"},
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+def configuration(port: int, **engine: Any) -> dict[str, Any]:
+    """The demo's configuration, smaller."""
+    data = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    data["http_options"]["port"] = port
+    args = data["applications"][0]["args"]
+    args["model"]["path"] = str(ROOT / "var" / "models" / MODEL)
+    args["engine"] |= {"max_model_len": MAX_LEN, "max_num_seqs": 16, "kv_memory": "16MiB"} | engine
+    return data
+
+
+@dataclass(frozen=True)
+class Running:
+    """The deployment under test."""
+
+    state: Path
+    config: Path
+    ports: tuple[int, int, int]
+    output: str
+    record: Record
+
+    @property
+    def options(self) -> list[str]:
+        return ["--dashboard-port", str(self.ports[1]), "--metrics-port", str(self.ports[2])]
+
+    @property
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.record.url, timeout=120, trust_env=False)
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.record.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def scrape(self) -> str:
+        return httpx.get(self.record.metrics_url, timeout=30, trust_env=False).text
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("serve")
+    state = folder / "run"
+    ports = tuple(free_ports(3))
+    config = folder / "serving.yaml"
+    config.write_text(yaml.safe_dump(configuration(ports[0])))
+    options = ["--dashboard-port", str(ports[1]), "--metrics-port", str(ports[2])]
+    try:
+        result = jenga(state, "serve", str(config), *options)
+        assert result.returncode == 0, result.stdout + result.stderr
+        record = read(state)
+        assert record is not None
+        yield Running(state, config, ports, result.stdout, record)
+    finally:
+        jenga(state, "stop")
+
+
+def answer(running: Running, **fields: Any) -> httpx.Response:
+    with running.http as http:
+        return http.post("/v1/completions", json={"model": MODEL, "max_tokens": 4, "temperature": 0} | fields)
+
+
+def events(running: Running, path: str, **fields: Any) -> list[Any]:
+    """The server-sent events of a streamed answer, without the closing one."""
+    with running.http as http:
+        text = http.post(path, json={"model": MODEL, "temperature": 0, "stream": True} | fields).text
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_the_start_shows_an_example_and_where_everything_is(served: Running) -> None:
+    for shown in ("curl -s", '"object": "chat.completion"', served.record.metrics_url, "jenga stop"):
+        assert shown in served.output
+    assert "Traceback" not in served.output
+
+
+def test_nothing_listens_beyond_the_loopback(served: Running) -> None:
+    family = [psutil.Process(served.record.supervisor.pid)]
+    family += family[0].children(recursive=True)
+    pids = {process.pid for process in family}
+    # Seen from outside: sockets of other network namespaces do not show.
+    here = [c for c in psutil.net_connections("tcp") if c.pid in pids and c.status == psutil.CONN_LISTEN]
+    assert {c.laddr.port for c in here} == set(served.ports)
+    assert {c.laddr.ip for c in here} == {"127.0.0.1"}
+
+
+def test_models(served: Running) -> None:
+    listed = served.client.models.list().data
+    assert [model.id for model in listed] == [MODEL]
+    assert listed[0].created > 0
+    assert served.client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError):
+        served.client.models.retrieve("nope")
+
+
+def test_completion_with_the_openai_client(served: Running) -> None:
+    got = served.client.completions.create(model=MODEL, prompt="A B C", max_tokens=5, temperature=0)
+    assert got.usage is not None
+    assert 1 <= got.usage.completion_tokens <= 5
+    assert got.choices[0].finish_reason in ("stop", "length")
+
+
+def test_chat_with_the_openai_client(served: Running) -> None:
+    messages: list[Any] = [{"role": "user", "content": "A B C"}]
+    got = served.client.chat.completions.create(model=MODEL, messages=messages, max_tokens=5, temperature=0)
+    assert got.choices[0].message.role == "assistant"
+    streamed = served.client.chat.completions.create(
+        model=MODEL, messages=messages, max_tokens=5, temperature=0, stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+    assert text == (got.choices[0].message.content or "")
+
+
+def test_a_stream_says_the_same_and_ends_with_usage(served: Running) -> None:
+    whole = answer(served, prompt=LONG_PROMPT + "stream", max_tokens=6).json()
+    parts = events(
+        served,
+        "/v1/completions",
+        prompt=LONG_PROMPT + "stream",
+        max_tokens=6,
+        stream_options={"include_usage": True},
+    )
+    assert "".join(p["choices"][0]["text"] for p in parts if p["choices"]) == whole["choices"][0]["text"]
+    usage = parts[-1]["usage"]
+    assert usage["completion_tokens"] == whole["usage"]["completion_tokens"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_a_repeated_prompt_is_cached_on_the_replica_it_went_to(served: Running) -> None:
+    for turn in range(4):
+        prompt = f"{turn}" * 200
+        first, second, third = (answer(served, prompt=prompt).json()["usage"] for _ in range(3))
+        assert first["prompt_tokens_details"]["cached_tokens"] == 0
+        for again in (second, third):
+            assert again["prompt_tokens_details"]["cached_tokens"] >= 32
+            assert again["prompt_tokens"] == first["prompt_tokens"]
+
+
+BAD = {
+    "malformed JSON": ("completions", b'{"model": ', 400, "not valid JSON", "invalid_json"),
+    "no object": ("completions", b"[1]", 400, "must be a JSON object", "invalid_json"),
+    "empty body": ("completions", b"", 400, "must be a JSON object", "invalid_json"),
+    "unknown model": (
+        "completions",
+        {"model": "gpt-9", "prompt": "x"},
+        404,
+        "'gpt-9' does not exist",
+        "model_not_found",
+    ),
+    "unknown model, chat": (
+        "chat/completions",
+        {"model": "gpt-9", "messages": [{"role": "user", "content": "x"}]},
+        404,
+        f"served here: {MODEL}",
+        "model_not_found",
+    ),
+    "no prompt": ("completions", {"model": MODEL}, 400, "prompt", None),
+    "no messages": ("chat/completions", {"model": MODEL}, 400, "messages: This field is required", "invalid_value"),
+    "messages of a wrong type": ("chat/completions", {"model": MODEL, "messages": 3}, 400, "messages", "invalid_value"),
+    "no messages in the list": ("chat/completions", {"model": MODEL, "messages": []}, 400, "at least one", None),
+    "max_tokens of a wrong type": (
+        "completions",
+        {"model": MODEL, "prompt": "x", "max_tokens": "many"},
+        400,
+        "max_tokens: ",
+        "invalid_value",
+    ),
+    "prompt of a wrong type": (
+        "completions",
+        {"model": MODEL, "prompt": {"a": 1}},
+        400,
+        "prompt: ",
+        "invalid_value",
+    ),
+    "negative temperature": (
+        "completions",
+        {"model": MODEL, "prompt": "x", "temperature": -1},
+        400,
+        "temperature must be non-negative, got -1",
+        None,
+    ),
+    "token outside the vocabulary": ("completions", {"model": MODEL, "prompt": [10**6]}, 400, "vocabulary", None),
+    "lone surrogate": (
+        "completions",
+        b'{"model": "' + MODEL.encode() + b'", "prompt": "\\ud800", "max_tokens": 1}',
+        400,
+        "Unicode",
+        "invalid_value",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_openais_form(served: Running, case: str) -> None:
+    path, body, status, said, code = BAD[case]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with served.http as http:
+        got = http.post(f"/v1/{path}", content=content, headers={"Content-Type": "application/json"})
+    error = got.json()["error"]
+    assert (got.status_code, error["code"]) == (status, code), got.text
+    assert said in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "Traceback" not in got.text
+    assert "parameter=" not in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tokens", [MAX_LEN, 20 * MAX_LEN])
+def test_a_prompt_beyond_the_models_length_is_refused_with_both_numbers(
+    served: Running, tokens: int, stream: bool
+) -> None:
+    got = answer(served, prompt=[7] * tokens, max_tokens=1, stream=stream)
+    error = got.json()["error"]
+    assert (got.status_code, error["code"]) == (400, "context_length_exceeded"), got.text
+    assert re.search(rf"\b{MAX_LEN}\b", error["message"])
+    assert re.search(rf"\b{tokens}\b|\b{tokens + 1}\b", error["message"])
+
+
+def test_paths_that_are_not_served(served: Running) -> None:
+    with served.http as http:
+        for method, path, status in (("GET", "/v1/nope", 404), ("GET", "/v1/completions", 405)):
+            got = http.request(method, path)
+            assert got.status_code == status
+            assert path in got.json()["error"]["message"]
+
+
+def replicas_used(running: Running) -> dict[str, float]:
+    """Finished requests by replica, from vLLM's own counter in Ray's metrics."""
+    pattern = r"^ray_vllm_request_success_total\{(.*)\} ([\d.e+]+)$"
+    used: dict[str, float] = {}
+    for labels, value in re.findall(pattern, running.scrape(), re.MULTILINE):
+        replica = re.search(r'ReplicaId="([^"]+)"', labels)
+        if replica:
+            used[replica[1]] = used.get(replica[1], 0) + float(value)
+    return used
+
+
+def test_both_replicas_answer_and_are_counted(served: Running) -> None:
+    for i in range(24):
+        assert answer(served, prompt=f"{i:03d} " * 40, max_tokens=1).status_code == 200
+    end = time.monotonic() + 40
+    while sum(count > 0 for count in replicas_used(served).values()) < 2:
+        assert time.monotonic() < end, replicas_used(served)
+        time.sleep(2)
+
+
+def test_memory_by_group_and_state_reaches_the_scrape_with_a_replica_label(served: Running) -> None:
+    end = time.monotonic() + 40
+    while True:
+        lines = re.findall(r"^ray_jenga_memory_bytes\{(.*)\} ([\d.e+]+)$", served.scrape(), re.MULTILINE)
+        series = [(dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)) for labels, value in lines]
+        replicas = {labels.get("replica") for labels, _ in series}
+        if len(replicas) == 2:
+            break
+        assert time.monotonic() < end, lines
+        time.sleep(2)
+    for replica in replicas:
+        mine = [(labels, value) for labels, value in series if labels["replica"] == replica]
+        assert len({labels["group"] for labels, _ in mine}) >= 3
+        assert {"needed", "cached", "stranded", "free"} <= {labels["state"] for labels, _ in mine}
+        assert sum(value for _, value in mine) == 16 * 2**20
+
+
+def test_status_shows_replicas_and_addresses(served: Running) -> None:
+    shown = jenga(served.state, "status")
+    assert shown.returncode == 0
+    assert "RUNNING" in shown.stdout
+    assert served.record.url in shown.stdout
+    data = json.loads(jenga(served.state, "status", "--json").stdout)
+    assert data["running"] is True
+    assert data["url"] == served.record.url
+    assert [r["state"] for r in data["replicas"]].count("RUNNING") == 3
+
+
+def test_a_second_serve_is_refused_and_hurts_nobody(served: Running) -> None:
+    second = jenga(served.state, "serve", str(served.config), *served.options)
+    assert second.returncode == 1
+    assert "already served" in second.stderr
+    assert "jenga stop" in second.stderr
+    assert answer(served, prompt="still there").status_code == 200
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(served: Running, tmp_path: Path) -> None:
+    other = jenga(tmp_path / "run", "serve", str(served.config))
+    assert other.returncode == 1
+    assert f"port {served.ports[0]} (REST) is in use" in other.stderr
+    assert "--port" in other.stderr
+    assert read(tmp_path / "run") is None
+
+
+def test_stop_leaves_no_process_no_port_and_no_file(served: Running) -> None:
+    """Last of those that use the deployment."""
+    family = psutil.Process(served.record.supervisor.pid).children(recursive=True)
+    assert len(family) > 5
+    stopped = jenga(served.state, "stop")
+    assert stopped.returncode == 0
+    assert not served.record.supervisor.alive()
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    for port in served.ports:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    assert not Path(served.record.ray_dir).exists()
+    assert read(served.state) is None
+    again = jenga(served.state, "stop")
+    assert again.returncode == 0
+    assert "nothing is being served" in again.stdout
+
+
+def failed_start(tmp_path: Path, data: dict[str, Any]) -> str:
+    """Serve what cannot be served; returns what is said, after checking that nothing is left."""
+    state = tmp_path / "run"
+    config = tmp_path / "bad.yaml"
+    config.write_text(yaml.safe_dump(data))
+    ports = free_ports(2)
+    result = jenga(state, "serve", str(config), "--dashboard-port", str(ports[0]), "--metrics-port", str(ports[1]))
+    assert result.returncode == 1, result.stdout
+    assert "Traceback" not in result.stderr
+    assert read(state) is None
+    mine = [p for p in psutil.process_iter(["cmdline"]) if str(ports[0]) in " ".join(p.info["cmdline"] or [])]
+    assert mine == []
+    return result.stderr
+
+
+def test_a_missing_model_folder_is_named_before_anything_starts(tmp_path: Path) -> None:
+    data = configuration(free_ports(1)[0])
+    data["applications"][0]["args"]["model"] = {"id": "m", "path": str(tmp_path / "absent")}
+    assert f"the model folder {tmp_path / 'absent'} does not exist" in failed_start(tmp_path, data)
+
+
+def test_kv_memory_too_small_for_one_request_is_told_in_the_files_terms(tmp_path: Path) -> None:
+    data = configuration(free_ports(1)[0], kv_memory="64KiB")
+    data["applications"][0]["args"]["replicas"] = 1
+    said = failed_start(tmp_path, data)
+    assert "engine.kv_memory" in said
+    assert "engine.max_model_len" in said
+
+
+def test_ctrl_c_while_starting_leaves_nothing(tmp_path: Path) -> None:
+    state = tmp_path / "run"
+    port, dashboard, metrics = free_ports(3)
+    config = tmp_path / "serving.yaml"
+    config.write_text(yaml.safe_dump(configuration(port)))
+    script = Path(sys.executable).parent / "jenga"
+    line = [str(script), "serve", str(config), "--dashboard-port", str(dashboard), "--metrics-port", str(metrics)]
+    start = subprocess.Popen(line, env=os.environ | {"JENGA_STATE_DIR": str(state)}, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while (record := read(state)) is None:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    time.sleep(2)
+    start.send_signal(signal.SIGINT)
+    output, _ = start.communicate(timeout=60)
+    assert start.returncode == 130
+    assert "interrupted" in output
+    assert not record.supervisor.alive()
+    assert read(state) is None
