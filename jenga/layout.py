@@ -23,6 +23,9 @@ STRANDING = 0.02
 MAX_PADDING = 0.10
 """Most that any group's page may be padded, as a share of the padded page."""
 
+ROUNDING = (0.01, 0.03)
+"""By how much a ratio may be lowered to make it rounder, as a share."""
+
 MAX_LARGEST_RATIO = 64
 """How many of the biggest small pages a padded large page may hold."""
 
@@ -96,16 +99,31 @@ def exact_layout(groups: Sequence[LayerGroup], memory_bytes: int) -> Layout:
 
 
 def padded_layouts(groups: Sequence[LayerGroup]) -> Iterable[tuple[int, list[int]]]:
-    """Candidate (large page bytes, ratios) with every page padded by at most `MAX_PADDING`."""
+    """Candidate (large page bytes, ratios) with every page padded by at most `MAX_PADDING`.
+
+    A large page must be a multiple of every ratio, so unlike ratios inflate it: 375, 1,309 and 13,000 have a least
+    common multiple of 510 million, 368, 1,280 and 12,800 one of 294,400.  So ratios are also tried a little rounder.
+    """
     strides = [_round_up(g.page_bytes, g.alignment) for g in groups]
     biggest = max(strides)
     for count in range(1, MAX_LARGEST_RATIO + 1):
         # Rounded down the small pages are padded, rounded up the big ones.
-        for ratios in ([count * biggest // s for s in strides], [-(-count * biggest // s) for s in strides]):
+        most = [count * biggest // s for s in strides]
+        above = [-(-count * biggest // s) for s in strides]
+        for ratios in (most, above, *([_rounder(r, share) for r in most] for share in ROUNDING)):
             unit = lcm(*(r * g.alignment for r, g in zip(ratios, groups, strict=True)))
             large = _round_up(max(r * s for r, s in zip(ratios, strides, strict=True)), unit)
             if all(1 - r * g.page_bytes / large <= MAX_PADDING for r, g in zip(ratios, groups, strict=True)):
                 yield large, ratios
+
+
+def _rounder(ratio: int, share: float) -> int:
+    """The number from ``ratio * (1 - share)`` to `ratio` that the highest power of two divides; the largest such."""
+    least = max(1, ratio - int(ratio * share))
+    step = 1
+    while ratio // (2 * step) * (2 * step) >= least:
+        step *= 2
+    return ratio // step * step
 
 
 def choose_layout(groups: Sequence[LayerGroup], memory_bytes: int) -> Layout:

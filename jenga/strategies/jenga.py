@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import gcd, lcm
 
+from jenga.grouping import Grouping, choose_grouping
 from jenga.layers import LayerType
-from jenga.layout import choose_layout
+from jenga.layout import LayerGroup
+from jenga.policies import FullAttention, LatentAttention, LatentIndexer
 from jenga.strategies.base import Plan, Share, Workload, group_of, require_pages
 from jenga.strategies.pools import TwoLevel
 
@@ -14,21 +18,51 @@ NAME = "jenga"
 
 def plan(model: str, types: Sequence[LayerType], memory_bytes: int, workload: Workload) -> Plan:
     """See `jenga.strategies.base.Strategy`."""
-    contents = tuple((Share(t, t.layers),) for t in types)
+    merged = _merge(types)
     tokens = max((t.block_tokens for t in types if not t.is_state), default=1)
-    groups = [
-        group_of(t.name, shares, tokens if t.is_state else t.block_tokens)
-        for t, shares in zip(types, contents, strict=True)
-    ]
-    layout = choose_layout(groups, memory_bytes)
-    units = memory_bytes // layout.large_page_bytes
-    require_pages(NAME, model, memory_bytes, layout.large_page_bytes, units, len(groups) + 1)
+    whole = []
+    for shares in merged:
+        size = tokens if shares[0].type.is_state else lcm(*(s.type.block_tokens for s in shares))
+        whole.append(group_of(" + ".join(s.type.name for s in shares), shares, size))
+    grouping = choose_grouping(whole, memory_bytes, [gcd(*(s.layers for s in shares)) for shares in merged])
+    layout = grouping.layout
+    contents = tuple(
+        tuple(Share(s.type, s.layers // parts) for s in shares)
+        for shares, parts in zip(merged, grouping.parts, strict=True)
+        for _ in range(parts)
+    )
+    units = layout.large_pages(memory_bytes)
+    require_pages(NAME, model, memory_bytes, layout.large_page_bytes, units, len(contents) + 1)
     return Plan(
         strategy=NAME,
         model=model,
         memory_bytes=memory_bytes,
         layout=layout,
         contents=contents,
-        shape=TwoLevel(units, tuple(g.ratio for g in layout.groups)),
-        explanation=layout.reason,
+        shape=TwoLevel(units, layout.ratios),
+        explanation=_explain(whole, grouping),
+    )
+
+
+def _merge(types: Sequence[LayerType]) -> list[tuple[Share, ...]]:
+    """Types that keep pages for the same tokens by the same rules share a block table, whatever their bytes."""
+    merged: dict[object, list[Share]] = {}
+    for number, kind in enumerate(types):
+        # Several states of one layer need not lie in one page.
+        each = replace(kind, layers=kind.layers * kind.copies, copies=1)
+        policy = FullAttention() if isinstance(kind.policy, LatentAttention | LatentIndexer) else kind.policy
+        key = number if kind.is_state else (policy, kind.counts)
+        merged.setdefault(key, []).append(Share(each, each.layers))
+    return [tuple(shares) for shares in merged.values()]
+
+
+def _explain(types: Sequence[LayerGroup], grouping: Grouping) -> str:
+    layout = grouping.layout
+    cuts = [f"{t.name} in {n} groups" for t, n in zip(types, grouping.parts, strict=True) if n > 1]
+    ratios = ":".join(str(r) for r in dict.fromkeys(layout.ratios))
+    return (
+        f"large pages of {layout.large_page_bytes} bytes ({layout.reason}), pages in each {ratios}"
+        + (f"; {', '.join(cuts)}, so that large pages stay small" if cuts else "")
+        + f"; expected overhead {grouping.overhead:.2%} of the buffer: padding {layout.expected_padding:.2%}, "
+        f"stranded slots, null page and remainder {layout.expected_stranded:.2%}"
     )

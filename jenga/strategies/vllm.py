@@ -181,8 +181,8 @@ def _full_allocation(model: str, specs: Sequence[_Spec]) -> list[_Group]:
     fits = all(isinstance(s.type.policy, FullAttention | SlidingWindow) for s in specs)
     if not fits or len(blocks) != 1:
         raise PlanError(
-            f"{model}: vLLM 0.32 has no plan for it (MLA pages that do not divide the largest page, beside other types); "
-            "leave strategy vllm out"
+            f"{model}: vLLM 0.32 has no plan for it (MLA pages that do not divide the largest page, beside "
+            "other types); leave strategy vllm out"
         )
     block = blocks.pop()
     promoted = [s if s.block == block else _Spec(s.type, block, s.type.page_bytes(block)) for s in specs]
@@ -195,11 +195,8 @@ def _equal_groups(specs: Sequence[_Spec]) -> list[_Group]:
         buckets.setdefault(spec.identity, []).append(spec)
     counts = [sum(s.type.layers for s in bucket) for bucket in buckets.values()]
     size = max(counts) if max(counts) < min(counts) * 1.5 else min(counts)
-    return [
-        group
-        for bucket, count in zip(buckets.values(), counts, strict=True)
-        for group in _cut(bucket, -(-count // size))
-    ]
+    parts = [-(-count // size) for count in counts]
+    return [group for bucket, n in zip(buckets.values(), parts, strict=True) for group in _cut(bucket, n)]
 
 
 def _cut(bucket: Sequence[_Spec], groups: int) -> list[_Group]:
