@@ -6,6 +6,7 @@ Jenga's groups; all others are passed to the original.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, KVCacheTensor, iter_layer_specs
 
 from jenga.layout import choose_layout
-from jenga.vllm_plugin import report
+from jenga.vllm_plugin import hybrid_blocks, report
 from jenga.vllm_plugin.config import JengaGroupSpec, JengaKVCacheConfig
 from jenga.vllm_plugin.groups import bucket_layers, config_obstacle, describe, layer_spec, spec_obstacle
 
@@ -178,16 +179,17 @@ class Planner:
         self, config: VllmConfig, specs: list[dict[str, KVCacheSpec]], memory: list[int]
     ) -> float | str:
         """Requests of maximum length that vLLM's own plan would hold in the same bytes, or why that is unknown."""
-        from jenga.vllm_plugin import hybrid_blocks
-
         try:
+            logging.disable(logging.INFO)  # what stock would have done is not what is being done
             stock_config, stock_specs = hybrid_blocks.as_stock(config, specs[0])
             groups = self._vllm.get_kv_cache_groups(stock_config, stock_specs)
             unit = self._vllm.pool_bytes_per_block(stock_config, groups)
-            planned = KVCacheConfig(num_blocks=min(memory) // unit, kv_cache_tensors=[], kv_cache_groups=groups)
+            planned = KVCacheConfig(num_blocks=min(memory) // unit - 1, kv_cache_tensors=[], kv_cache_groups=groups)
             return self._vllm.get_max_concurrency_for_kv_cache_config(stock_config, planned)
         except Exception as error:  # a comparison for the log must not keep an engine from starting
             return f"{type(error).__name__}: {error}"
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def managed(groups: list[KVCacheGroupSpec]) -> tuple[JengaGroupSpec, ...]:

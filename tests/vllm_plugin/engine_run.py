@@ -19,6 +19,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
+def overlap_groups() -> None:
+    """Negative control: let the last group's pages lie half a page apart, over each other and over other groups'."""
+    from dataclasses import replace
+
+    from jenga import layout
+    from jenga.vllm_plugin import planning
+
+    def choose(groups: Any, memory: int) -> layout.Layout:
+        good = layout.choose_layout(groups, memory)
+        *kept, last = good.groups
+        return replace(good, groups=(*kept, replace(last, stride=last.stride // 2)))
+
+    setattr(planning, "choose_layout", choose)  # noqa: B010
+
+
 def main() -> None:
     spec: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     from vllm import LLM, SamplingParams
@@ -28,6 +43,8 @@ def main() -> None:
 
         disable_mamba2_prefill_checkpoints()
 
+    if spec.get("overlap"):
+        overlap_groups()
     llm = LLM(
         spec["model"],
         skip_tokenizer_init=True,

@@ -23,7 +23,28 @@ def prompts(count: int, length: int, *, shared: int = 3, seed: int = 1, vocabula
     ]
 
 
-def run(folder: Path, name: str, spec: dict[str, Any], *, jenga: bool, timeout: float = 600, **env: str) -> dict[str, Any]:
+def recall_prompts(model: Path, tables: int, pairs: int, length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Questions to the recall model about a few long tables, and the token ids of their right answers.
+
+    Each asks to recite the table from some key on, for at least `length` tokens; questions about one table share it.
+    """
+    from transformers import AutoTokenizer
+
+    from jenga.demo import recall
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    given, wanted = [], []
+    for start in (0.0, 0.3, 0.6):
+        for seed in range(tables):
+            asked = recall.table(seed, pairs).ask(int(start * pairs) + seed, "!")
+            given.append(list(tokenizer.apply_chat_template(asked.messages, add_generation_prompt=True)["input_ids"]))
+            wanted.append(list(tokenizer.encode(asked.answer, add_special_tokens=False))[:length])
+    return given, wanted
+
+
+def run(
+    folder: Path, name: str, spec: dict[str, Any], *, jenga: bool, timeout: float = 600, **env: str
+) -> dict[str, Any]:
     """One engine in a process of its own; its result, or its last words on failure."""
     folder.mkdir(parents=True, exist_ok=True)
     given, taken = folder / f"{name}.spec.json", folder / f"{name}.result.json"

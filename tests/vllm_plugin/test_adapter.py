@@ -1,0 +1,47 @@
+"""The adapter refuses what it does not know, before anything is replaced."""
+
+from __future__ import annotations
+
+import pytest
+
+from jenga import vllm_plugin
+from jenga.vllm_plugin import adapter
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu"])
+def test_known_versions_pass(version: str) -> None:
+    adapter.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.32.1", "dev"])
+def test_unknown_version_is_refused_with_the_known_ones_and_the_remedy(version: str) -> None:
+    with pytest.raises(RuntimeError, match=r"knows vLLM 0\.32\.0.*" + version + r".*JENGA=0"):
+        adapter.check_version(version)
+
+
+def test_changed_signature_is_refused() -> None:
+    def seam(a: int, b: int) -> None: ...
+
+    adapter.check_seam(seam, ("a", "b"))
+    with pytest.raises(RuntimeError, match=r"takes \('a', 'b'\), Jenga's plugin expects \('a', 'c'\)"):
+        adapter.check_seam(seam, ("a", "c"))
+
+
+def test_installed_vllm_has_every_planner_seam() -> None:
+    from vllm.v1.core import kv_cache_utils
+
+    for name, parameters in adapter._PLANNER_SEAMS.items():
+        adapter.check_seam(getattr(kv_cache_utils, name), parameters)
+
+
+def test_switch_takes_only_0_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JENGA", "yes")
+    with pytest.raises(ValueError, match=r"JENGA='yes': use 1 .* or 0"):
+        vllm_plugin.register()
+
+
+def test_switched_off_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JENGA", "0")
+    monkeypatch.setattr(vllm_plugin, "_registered", False)
+    monkeypatch.setattr(adapter, "install", lambda: pytest.fail("installed"))
+    vllm_plugin.register()
