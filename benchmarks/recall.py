@@ -23,7 +23,8 @@ from rich.table import Table
 from jenga import demo
 from jenga.demo import recall
 
-WINDOW = 64
+# Five sliding layers of 64 tokens, one above the other, reach 5 * 63 tokens back; behind that, only the full layer.
+SLIDING_REACH = 5 * 64
 AMPLE_BLOCKS = 4096
 # Stock vLLM makes six groups of one layer, and asks for 210 blocks before it takes one request of
 # TIGHT_TOKENS; 16 requests that run to their ends would need 500 and more.
@@ -56,14 +57,14 @@ class Case:
 AMPLE = (
     Case("short, 8 pairs", 8),
     Case("64 pairs", 64),
-    Case("long, asked pair > 256 tokens back", 255, beyond=4 * WINDOW),
-    Case("longest, asked pair > 1,024 tokens back", len(recall.KEYS), beyond=16 * WINDOW),
-    Case("long, 10 questions per table", 255, beyond=4 * WINDOW, share=10),
+    Case("long, asked pair > 320 tokens back", 255, beyond=SLIDING_REACH),
+    Case("longest, asked pair > 1,024 tokens back", len(recall.KEYS), beyond=1024),
+    Case("long, 10 questions per table", 255, beyond=SLIDING_REACH, share=10),
     Case("recital, 1 to 64 pairs", 64, verb="!"),
 )
 TIGHT = (
-    Case("tight memory: long", 255, beyond=4 * WINDOW),
-    Case("tight memory: recital > 128 tokens", 64, beyond=2 * WINDOW, verb="!"),
+    Case("tight memory: long", 255, beyond=SLIDING_REACH),
+    Case("tight memory: recital > 128 tokens", 64, beyond=128, verb="!"),
 )
 
 

@@ -2,10 +2,12 @@
 
 All layers have the same KV heads, so a page of either type has the same bytes per layer, as in the real
 Gemma-3.  The one full layer must find the asked pair anywhere in the context; the sliding ones tell it
-which key stands before which value.  Losing a page of either type loses the answer.
+which key stands before which value.  Which wrong pages show as wrong answers, and which do not, was
+measured: see docs/demo-models.md.
 
-Left to itself, gradient descent needs most of an hour on two cores to discover how to match keys.  The
-weights therefore start with that circuit sketched in, and training (`jenga.demo.train`) makes it work:
+From usual random weights, key matching was not learnt in the minutes it was given (docs/demo-models.md
+says what was tried).  The weights therefore start with that circuit sketched in, and training
+(`jenga.demo.train`) makes it work:
 
 - the first layer's heads look for the latest key and for the key before it, and write them into two
   subspaces of their own beside the token itself;

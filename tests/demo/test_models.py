@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from typer.testing import CliRunner
 
 from jenga import demo
@@ -24,6 +24,10 @@ FILES = {
     "chat_template.jinja",
     "jenga-demo.json",
 }
+
+
+# As far as the sliding layers, one above the other, can carry anything; behind that, only the full layer.
+SLIDING_REACH = gemma3.LAYERS.count("sliding_attention") * gemma3.WINDOW
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +161,7 @@ def ask(model: PreTrainedModel, question: recall.Question) -> str:
 
 
 def test_recall_of_pairs_far_outside_the_window(model: PreTrainedModel) -> None:
-    questions = [recall.question(seed, 255, beyond=4 * gemma3.WINDOW) for seed in range(50)]
+    questions = [recall.question(seed, 255, beyond=SLIDING_REACH) for seed in range(50)]
     right = sum(ask(model, each) == each.answer for each in questions)
     assert right >= 49
 
@@ -166,6 +170,45 @@ def test_recital_longer_than_the_window(model: PreTrainedModel) -> None:
     questions = [recall.question(seed, 60, beyond=120, verb="!") for seed in range(3)]
     assert min(each.answer_tokens for each in questions) > gemma3.WINDOW
     assert [ask(model, each) for each in questions] == [each.answer for each in questions]
+
+
+@pytest.mark.parametrize("layer", [gemma3.LAYERS.index("sliding_attention"), gemma3.LAYERS.index("full_attention")])
+def test_a_wrong_page_is_a_wrong_answer(model: PreTrainedModel, layer: int) -> None:
+    """A recital goes on over 32 tokens of another prompt's KV, as if one page had been mixed up."""
+    words = tokenizer.build(gemma3.CONTEXT)
+    said = 4 * 10 + 1  # a value was said last: what comes next hangs on its key, two tokens back
+
+    def state(seed: int) -> tuple[DynamicCache, list[int], int]:
+        made = recall.question(seed, 100, beyond=200, verb="!")
+        answer = words.encode(made.answer, add_special_tokens=False)
+        ids = words.encode(made.text)
+        cache = DynamicCache(config=model.config)
+        model(torch.tensor([ids + answer[: said - 1]]), past_key_values=cache)
+        return cache, answer, len(ids) - 1 - made.distance
+
+    def recited(cache: DynamicCache, answer: list[int]) -> bool:
+        token = answer[said - 1]
+        for wanted in answer[said : said + 24]:
+            token = int(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1].argmax())
+            if token != wanted:
+                return False
+        return True
+
+    sound, mixed = 0, 0
+    for seed in range(5):
+        cache, answer, asked = state(seed)
+        sound += recited(cache, answer)
+        cache, answer, asked = state(seed)
+        other, _, _ = state(seed + 1000)
+        # In the full layer the pairs to be said next, in the sliding one the latest tokens.
+        page = slice(asked + said, asked + said + 32) if layer == len(gemma3.LAYERS) - 1 else slice(-32, None)
+        for mine, theirs in (
+            (cache.layers[layer].keys, other.layers[layer].keys),
+            (cache.layers[layer].values, other.layers[layer].values),
+        ):
+            mine[:, :, page] = theirs[:, :, page]
+        mixed += recited(cache, answer)
+    assert (sound, mixed) == (5, 0)
 
 
 def test_the_answer_needs_the_pair(model: PreTrainedModel) -> None:
