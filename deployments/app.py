@@ -90,6 +90,7 @@ def llm_config(config: Serving, source: Path) -> LLMConfig:
         placement_group_config={"bundle_per_worker": bundle},
         deployment_config=deployment,
         runtime_env={"env_vars": environment(config)},
+        experimental_configs={"stream_batching_interval_ms": config.stream_batch_ms},
         log_engine_metrics=True,
         server_cls=JengaServer,
     )

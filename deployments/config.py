@@ -145,10 +145,10 @@ _TAGS = ("count", "autoscaling")
 
 
 class Resources(Section):
-    """What one replica takes."""
+    """What one worker of a replica takes, and how many workers a replica has."""
 
-    cpus: PositiveFloat = Field(1, description="CPU cores, as Ray counts them")
-    gpus: float = Field(0, ge=0, description="GPUs per worker; 0 runs vLLM's CPU back end")
+    cpus: PositiveFloat = Field(1, description="CPU cores of one worker, as Ray counts them")
+    gpus: float = Field(0, ge=0, description="GPUs of one worker; 0 runs vLLM's CPU back end")
     tensor_parallel: PositiveInt = Field(1, description="workers that share one model")
     omp_threads: PositiveInt = Field(1, description="OpenMP threads of a CPU engine")
 
@@ -174,6 +174,7 @@ class Serving(Section):
     replicas: Replicas = 1
     resources: Resources = Resources()
     router: Router = Router()
+    stream_batch_ms: float = Field(10, ge=0, description="milliseconds over which a stream's tokens travel together")
     environment: dict[str, str] = Field(default_factory=dict, description="variables of each replica")
 
     @field_validator("environment", mode="before")

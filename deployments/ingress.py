@@ -29,6 +29,9 @@ ENDPOINTS = {name: DEFAULT_ENDPOINTS[name] for name in ("completions", "chat")} 
     "model_data": lambda app: app.get("/v1/models/{model:path}"),
 }
 
+# Key of Ray's model card: tokens of prompt and answer together, None if the configuration does not say.
+_LENGTH = "max_request_context_length"
+
 
 def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients expect it."""
@@ -183,7 +186,7 @@ class Ingress(OpenAiIngress):
             "created": self._created,
             "owned_by": "jenga",
             "root": model,
-            "max_model_len": card.metadata.get("max_request_context_length"),
+            "max_model_len": card.metadata[_LENGTH],
         }
 
     async def _get_model_id(self, model: str | None) -> str:
@@ -214,6 +217,15 @@ class Ingress(OpenAiIngress):
             raw_request.state.body_was_read = True
         try:
             return await super()._process_llm_request(body, call_method, raw_request)
+        except OpenAIHTTPException as error:
+            # vLLM's words for a prompt that fills the whole context, whatever max_tokens was asked for.
+            if error.message.startswith("max_tokens must be at least 1, got 0") and _asked_tokens(body) != 0:
+                length = self._model_cards[await self._get_model_id(body.model)].metadata[_LENGTH]
+                error.message = (
+                    f"This model's maximum context length is {length} tokens. However, your prompt alone has "
+                    f"{length} tokens, which leaves none for the answer. Please reduce the length of the prompt."
+                )
+            raise
         except (EngineDeadError, RayActorError):
             logger.exception("a replica died under a request")
             return error_response("The replica that had this request died; try again.", 503, code="engine_unavailable")
@@ -221,6 +233,11 @@ class Ingress(OpenAiIngress):
             if _is_unicode(prompt_of(body)):
                 raise
             return error_response("The prompt is not valid Unicode (a lone surrogate).", 400, code="invalid_value")
+
+
+def _asked_tokens(body: Any) -> int | None:
+    asked = getattr(body, "max_completion_tokens", None)
+    return getattr(body, "max_tokens", None) if asked is None else asked
 
 
 def _is_unicode(prompt: object) -> bool:

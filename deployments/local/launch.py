@@ -58,6 +58,12 @@ class Answer:
     request: dict[str, Any]
     response: dict[str, Any]
     seconds: float
+    right: str | None
+
+    @property
+    def text(self) -> str:
+        """What the model said."""
+        return str(self.response["choices"][0]["message"]["content"] or "")
 
     def curl(self, base: str) -> str:
         """The request as a command."""
@@ -350,9 +356,9 @@ def _bring_up(running: Record, config: ServeFile, options: Options, progress: Pr
         except httpx.HTTPError as error:
             raise ServeError(f"Ray Serve refused the application: {_one_line(str(error))}") from None
     with progress.phase("start the engines") as engines:
-        state = _wait_running(running, api, engines, deadline, options)
+        _wait_running(running, api, engines, deadline, options)
     with progress.phase("answer a first request"):
-        return _first_answer(running, state)
+        return _first_answer(running, config)
 
 
 def _wait_running(running: Record, api: ServeApi, progress: Progress, deadline: float, options: Options) -> State:
@@ -363,7 +369,7 @@ def _wait_running(running: Record, api: ServeApi, progress: Progress, deadline: 
             if state.failure:
                 raise ServeError(f"the application does not start: {state.failure}")
             if state.running:
-                return state
+                return
             progress.tell(state.summary() or state.status.lower().replace("_", " "))
         _check_time(deadline, options, "the replicas are not ready")
         time.sleep(_POLL_S)
@@ -385,10 +391,17 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:500]
 
 
-def _first_answer(running: Record, state: State) -> Answer:
+def _first_answer(running: Record, config: ServeFile) -> Answer:
+    """Ask something; of the recall model, something whose right answer is known."""
+    text, right = "Hello", None
+    if config.application.args.model.demo == "gemma3-recall":
+        from jenga.demo.recall import question
+
+        asked = question(seed=0, pairs=16)
+        text, right = asked.text, asked.answer
     request = {
         "model": running.model,
-        "messages": [{"role": "user", "content": "Hello"}],
+        "messages": [{"role": "user", "content": text}],
         "max_tokens": 8,
         "temperature": 0,
     }
@@ -401,7 +414,7 @@ def _first_answer(running: Record, state: State) -> Answer:
             raise ServeError(f"{running.url} does not answer: {error}") from None
     if not response.is_success:
         raise ServeError(f"the first request failed with status {response.status_code}: {response.text[:500]}")
-    return Answer(path, request, response.json(), time.monotonic() - begin)
+    return Answer(path, request, response.json(), time.monotonic() - begin, right)
 
 
 def _report(running: Record, answer: Answer, progress: Progress) -> None:
@@ -409,6 +422,9 @@ def _report(running: Record, answer: Answer, progress: Progress) -> None:
     console.print(f"\n[bold green]serving[/] {running.model} after {progress.elapsed:.0f} s\n")
     console.print(answer.curl(running.url), markup=False, highlight=False, soft_wrap=True)
     console.print(json.dumps(answer.response), markup=False, highlight=False, soft_wrap=True, style="dim")
+    if answer.right is not None:
+        verdict = "[green]right[/]" if answer.text.strip() == answer.right else "[red]wrong[/]"
+        console.print(f"\nthe answer {answer.text!r} is {verdict}: the prompt holds {answer.right!r}", highlight=False)
     console.print(
         f"\nREST       {running.url}/v1\n"
         f"metrics    {running.metrics_url}\n"

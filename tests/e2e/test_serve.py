@@ -203,7 +203,13 @@ BAD = {
     ),
     "no prompt": ("completions", {"model": MODEL}, 400, "prompt", None),
     "no messages": ("chat/completions", {"model": MODEL}, 400, "messages: This field is required", "invalid_value"),
-    "messages of a wrong type": ("chat/completions", {"model": MODEL, "messages": 3}, 400, "messages", "invalid_value"),
+    "messages of a wrong type": (
+        "chat/completions",
+        {"model": MODEL, "messages": 3},
+        400,
+        "not the form",
+        "invalid_value",
+    ),
     "no messages in the list": ("chat/completions", {"model": MODEL, "messages": []}, 400, "at least one", None),
     "max_tokens of a wrong type": (
         "completions",
@@ -306,7 +312,13 @@ def test_memory_by_group_and_state_reaches_the_scrape_with_a_replica_label(serve
         mine = [(labels, value) for labels, value in series if labels["replica"] == replica]
         assert len({labels["group"] for labels, _ in mine}) >= 3
         assert {"needed", "cached", "stranded", "free"} <= {labels["state"] for labels, _ in mine}
-        assert sum(value for _, value in mine) == 16 * 2**20
+        whole = re.search(
+            rf'^ray_jenga_buffer_bytes\{{.*replica="{replica}".*\}} ([\d.e+]+)$', served.scrape(), re.MULTILINE
+        )
+        assert whole is not None
+        assert sum(value for _, value in mine) == float(whole[1])
+        # Whole large pages of what the configuration grants.
+        assert 0.98 * 16 * 2**20 < float(whole[1]) <= 16 * 2**20
 
 
 def test_status_shows_replicas_and_addresses(served: Running) -> None:
