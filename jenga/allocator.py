@@ -21,10 +21,11 @@ Where a small page comes from, in this order:
    keeps beyond the others' age cannot be hit).  If that one is the group's own, only its oldest page is evicted.
 
 Ages are those of `tick`.  Evictable large pages, and cached pages inside one large page, are in exact order of age.
-Among partly live large pages the order is that of their oldest cached pages, except that one whose oldest
-page changes out of turn goes first if it is older than the first, else last (keeping it exact would cost a search).
+Partly live large pages are in order of their oldest cached page, which is looked at again when their turn comes: if
+it has changed, the large page is placed anew, first if it is older than the next one, else last (its exact place
+would cost a search).
 
-Every operation is O(1) per small page asked; nothing scans the pool.
+Every operation is O(1) per small page asked, amortised; nothing scans the pool.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class Counters:
 
 
 EvictCallback = Callable[[int, int], None]
+# Plain integers: looking up a member of an enumeration costs as much as the rest of an operation's bookkeeping.
+_FREE, _LIVE, _CACHED = int(PageState.FREE), int(PageState.LIVE), int(PageState.CACHED)
 _UNOWNED = -1
 _RESERVED = -2
 
@@ -114,8 +117,9 @@ class _Group:
         # OrderedDict, because the first key of a dict that is emptied from its front takes a scan to find.
         self.partial: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(ratio + 1)]
         self.mask = 0
-        # Partly live large pages with something cached, least recently used first.
-        self.mixed: OrderedDict[int, None] = OrderedDict()
+        # Partly live large pages with something cached, least recently used first, and the time their oldest
+        # cached page fell out of use when they were placed here.
+        self.mixed: OrderedDict[int, int] = OrderedDict()
         self.open_slots = 0  # small pages, free or cached, of partly live large pages
         self.owned = 0
         self.live_pages = 0
@@ -195,7 +199,7 @@ class TwoLevelAllocator:
             if pins:
                 pinned: set[int] = set()
                 for page in pins[g]:
-                    if group.state[page] == PageState.CACHED:
+                    if group.state[page] == _CACHED:
                         slots -= 1
                         if not self._live[page // ratio]:
                             pinned.add(page // ratio)
@@ -250,8 +254,10 @@ class TwoLevelAllocator:
         while left >= g.ratio and self._free and self._spare(group) > 0:
             pages.extend(self._grant_whole(group, g))
             left -= g.ratio
-        for _ in range(left):
-            pages.append(self._grant_one(group, g))
+        while left > 0:
+            shared = self._grant_shared(group, g, left)
+            pages.extend(shared)
+            left -= len(shared)
         self._expected[group] = max(0, self._expected[group] - count)
         return pages
 
@@ -261,24 +267,27 @@ class TwoLevelAllocator:
         Raises:
             PageError: it is not live (a double free, a page of nobody).
         """
-        g = self._require(group, page, PageState.LIVE)
+        g = self._require(group, page, _LIVE)
         large = page // g.ratio
+        slots = self._slots[large]
         live = self._live[large]
-        had_slot = bool(self._slots[large])
+        self._live[large] = live - 1
+        g.live_pages -= 1
+        if slots:
+            self._unbucket(g, large, live)
         if keep:
-            g.state[page] = PageState.CACHED
+            g.state[page] = _CACHED
             g.cached_pages += 1
             self._cached[large][page] = self._clock
         else:
-            g.state[page] = PageState.FREE
-            self._slots[large].append(page)
-        g.live_pages -= 1
-        self._live[large] = live - 1
-        self._rebucket(g, large, live if had_slot else None)
+            g.state[page] = _FREE
+            slots.append(page)
+        if slots:
+            self._bucket(g, large, live - 1)
         if live > 1:
             g.open_slots += 1
             if keep and large not in g.mixed:
-                g.mixed[large] = None  # its oldest cached page is this one, the newest of all
+                g.mixed[large] = self._clock
         else:
             g.open_slots -= g.ratio - 1
             g.mixed.pop(large, None)
@@ -293,21 +302,8 @@ class TwoLevelAllocator:
         Raises:
             PageError: it is not cached.
         """
-        g = self._require(group, page, PageState.CACHED)
-        large = page // g.ratio
-        self._uncache(g, large, page)
-        g.state[page] = PageState.LIVE
-        g.live_pages += 1
-        live = self._live[large]
-        if live:
-            g.open_slots -= 1
-        else:
-            del self._evictable[large]
-            g.open_slots += g.ratio - 1
-            if self._cached[large]:
-                self._mix(g, large)
-        self._live[large] = live + 1
-        self._rebucket(g, large, live if self._slots[large] else None)
+        g = self._require(group, page, _CACHED)
+        self._enliven(g, page // g.ratio, page)
 
     def forget(self, group: int, page: int) -> None:
         """A cached page's contents are worthless now: it becomes free.  `on_evict` is not called.
@@ -315,11 +311,13 @@ class TwoLevelAllocator:
         Raises:
             PageError: it is not cached.
         """
-        g = self._require(group, page, PageState.CACHED)
+        g = self._require(group, page, _CACHED)
         large = page // g.ratio
         live = self._live[large]
         had_slot = bool(self._slots[large])
-        self._drop_cached(g, large, page)
+        self._uncache(g, large, page)
+        g.state[page] = _FREE
+        self._slots[large].append(page)
         if not live and not self._cached[large]:
             if had_slot:
                 self._unbucket(g, large, 0)
@@ -410,14 +408,16 @@ class TwoLevelAllocator:
         if not 0 <= page < len(self._groups[group].state):
             raise PageError(f"group {group} has no small page {page}; it has {len(self._groups[group].state)}")
 
-    def _require(self, group: int, page: int, wanted: PageState) -> _Group:
+    def _require(self, group: int, page: int, wanted: int) -> _Group:
         """The group, if it has such a page in state `wanted`."""
         if 0 <= group < len(self._groups):
             g = self._groups[group]
             if 0 <= page < len(g.state) and g.state[page] == wanted:
                 return g
         found = self.state(group, page)
-        raise PageError(f"small page {page} of group {group} is {found.name.lower()}, not {wanted.name.lower()}")
+        raise PageError(
+            f"small page {page} of group {group} is {found.name.lower()}, not {PageState(wanted).name.lower()}"
+        )
 
     def _spare(self, group: int) -> int:
         """Large pages that `group` may take and still leave the others what they expect."""
@@ -439,27 +439,33 @@ class TwoLevelAllocator:
         if not bucket:
             g.mask &= ~(1 << live)
 
-    def _rebucket(self, g: _Group, large: int, before: int | None) -> None:
-        """Large page changed its live count or slots; `before` is the bucket it was in, if any."""
-        if before is not None:
-            self._unbucket(g, large, before)
-        if self._slots[large]:
-            self._bucket(g, large, self._live[large])
-
     def _uncache(self, g: _Group, large: int, page: int) -> None:
         cached = self._cached[large]
-        stamp = cached.pop(page)
+        del cached[page]
         g.cached_pages -= 1
-        if large in g.mixed:
-            if not cached:
-                del g.mixed[large]
-            elif self._oldest(large) > stamp:  # it was the oldest, and younger ones are left
-                self._mix(g, large)
+        if not cached:
+            g.mixed.pop(large, None)
 
-    def _drop_cached(self, g: _Group, large: int, page: int) -> None:
+    def _enliven(self, g: _Group, large: int, page: int) -> None:
+        """A cached page becomes live."""
         self._uncache(g, large, page)
-        g.state[page] = PageState.FREE
-        self._slots[large].append(page)
+        g.state[page] = _LIVE
+        g.live_pages += 1
+        live = self._live[large]
+        self._live[large] = live + 1
+        if self._slots[large]:
+            self._unbucket(g, large, live)
+            self._bucket(g, large, live + 1)
+        if live:
+            g.open_slots -= 1
+        else:
+            self._leave_evictable(g, large)
+            g.open_slots += g.ratio - 1
+
+    def _leave_evictable(self, g: _Group, large: int) -> None:
+        """A large page without live pages gets one."""
+        if self._evictable.pop(large, None) is not None and self._cached[large]:
+            self._mix(g, large)
 
     def _return_large(self, g: _Group, large: int) -> None:
         """An owned large page without live or cached pages goes back to the free list."""
@@ -478,7 +484,7 @@ class TwoLevelAllocator:
         g = self._groups[index]
         cached = self._cached[large]
         for page in cached:
-            g.state[page] = PageState.FREE
+            g.state[page] = _FREE
             if self._on_evict is not None:
                 self._on_evict(index, page)
         g.cached_pages -= len(cached)
@@ -497,28 +503,34 @@ class TwoLevelAllocator:
     def _grant_whole(self, index: int, g: _Group) -> range:
         large = self._own(index, g)
         pages = range(large * g.ratio, (large + 1) * g.ratio)
-        g.state[pages.start : pages.stop] = bytes([PageState.LIVE]) * g.ratio
+        g.state[pages.start : pages.stop] = bytes([_LIVE]) * g.ratio
         g.live_pages += g.ratio
         self._live[large] = g.ratio
         self._whole_grants += 1
         return pages
 
-    def _grant_one(self, index: int, g: _Group) -> int:
-        shared = g.mask & ~1
-        if shared:  # fullest first
-            return self._take_slot(g, next(iter(g.partial[shared.bit_length() - 1])))
-        if self._spare(index) > 0:
+    def _grant_shared(self, index: int, g: _Group, count: int) -> list[int]:
+        """Up to `count` small pages of one large page: steps 2 to 5, which would all go on in the page they began."""
+        partly_live = g.mask & ~1
+        if partly_live:
+            fullest = g.partial[partly_live.bit_length() - 1]
+            return self._take_slots(g, next(iter(fullest)), count)
+        spare = self._spare(index)
+        if spare > 0:
             if self._free:
-                return self._take_slot(g, self._carve(index, g))
+                return self._take_slots(g, self._carve(index, g), count)
             if g.mask:  # a free slot in an evictable page of the group: nothing need be evicted
-                return self._take_slot(g, next(iter(g.partial[0])))
+                return self._take_slots(g, next(iter(g.partial[0])), count)
+        mixed = self._next_mixed(g) if g.mixed else None
+        if spare > 0:
             oldest, stamp = next(iter(self._evictable.items()))
-            if not g.mixed or self._oldest(next(iter(g.mixed))) > stamp:
+            if mixed is None or self._oldest(mixed) > stamp:
                 if self._owner[oldest] == index:  # its other pages can stay cached
-                    return self._reuse_cached(index, g, oldest)
+                    return [self._reuse_cached(index, g, oldest)]
                 self._evict_large(oldest)
-                return self._take_slot(g, self._carve(index, g))
-        return self._reuse_cached(index, g, next(iter(g.mixed)))
+                return self._take_slots(g, self._carve(index, g), count)
+        assert mixed is not None, "allocate has counted the open slots"
+        return [self._reuse_cached(index, g, mixed)]
 
     def _carve(self, index: int, g: _Group) -> int:
         large = self._own(index, g)
@@ -527,42 +539,53 @@ class TwoLevelAllocator:
         self._bucket(g, large, 0)
         return large
 
-    def _take_slot(self, g: _Group, large: int) -> int:
+    def _take_slots(self, g: _Group, large: int, count: int) -> list[int]:
+        """Grant up to `count` of the free slots of an owned large page."""
+        slots = self._slots[large]
         live = self._live[large]
         self._unbucket(g, large, live)
-        page = self._slots[large].pop()
-        g.state[page] = PageState.LIVE
-        g.live_pages += 1
-        self._live[large] = live + 1
+        pages = slots[: -count - 1 : -1]
+        del slots[-count:]
+        for page in pages:
+            g.state[page] = _LIVE
+        now = live + len(pages)
+        g.live_pages += len(pages)
+        self._live[large] = now
         if live:
-            g.open_slots -= 1
+            g.open_slots -= len(pages)
         else:
-            g.open_slots += g.ratio - 1
-            if self._evictable.pop(large, None) is not None and self._cached[large]:
-                self._mix(g, large)
-        if self._slots[large]:
-            self._bucket(g, large, live + 1)
-        return page
+            self._leave_evictable(g, large)
+            g.open_slots += g.ratio - now
+        if slots:
+            self._bucket(g, large, now)
+        return pages
 
     def _oldest(self, large: int) -> int:
         """Time at which the oldest cached page of a large page fell out of use."""
         return next(iter(self._cached[large].values()))
 
     def _mix(self, g: _Group, large: int) -> None:
-        """Put a large page that has live and cached pages in its place in `mixed` (see the module's docstring)."""
-        g.mixed.pop(large, None)
-        first = next(iter(g.mixed), large)
-        g.mixed[large] = None
-        if self._oldest(large) < self._oldest(first):
+        """Place a large page that has live and cached pages in the order of eviction (module docstring)."""
+        oldest = self._oldest(large)
+        first = next(iter(g.mixed.values()), oldest)
+        g.mixed[large] = oldest
+        if oldest < first:
             g.mixed.move_to_end(large, last=False)
+
+    def _next_mixed(self, g: _Group) -> int:
+        """The partly live large page whose oldest cached page goes next."""
+        while True:
+            large, stamp = next(iter(g.mixed.items()))
+            if self._oldest(large) == stamp:
+                return large
+            del g.mixed[large]
+            self._mix(g, large)
 
     def _reuse_cached(self, index: int, g: _Group, large: int) -> int:
         """Evict the least recently used cached page of an owned large page and grant its place."""
         page = next(iter(self._cached[large]))
-        self._drop_cached(g, large, page)
         g.evicted += 1
         if self._on_evict is not None:
             self._on_evict(index, page)
-        if len(self._slots[large]) == 1:
-            self._bucket(g, large, self._live[large])
-        return self._take_slot(g, large)
+        self._enliven(g, large, page)
+        return page

@@ -32,7 +32,7 @@ class Model:
         self.clock = 0
         self.expected = [0] * len(ratios)
         self.evictable = []  # (large page, time), in the order in which they became so
-        self.mixed = [[] for _ in ratios]  # partly live large pages with something cached, in order of eviction
+        self.mixed = [[] for _ in ratios]  # (partly live large page, its oldest cached page's time when placed)
         self.evicted = [0] * len(ratios)
 
     def inside(self, g, large):
@@ -85,11 +85,8 @@ class Model:
     def set(self, g, page, value):
         """Change one page and keep the two orders of eviction."""
         large = page // self.ratios[g]
-        before = self.stamps(g, large)
-        if value is None:
-            self.pages[g].pop(page, None)
-        else:
-            self.pages[g].pop(page, None)
+        self.pages[g].pop(page, None)
+        if value is not None:
             self.pages[g][page] = value
         now, after = self.inside(g, large), self.stamps(g, large)
         alive = LIVE in now.values()
@@ -98,15 +95,21 @@ class Model:
             self.evictable.append((large, self.clock))
         elif listed and (alive or not after):
             self.evictable = [e for e in self.evictable if e[0] != large]
+        placed = large in dict(self.mixed[g])
+        if placed and not (after and alive):
+            self.mixed[g] = [e for e in self.mixed[g] if e[0] != large]
+        elif not placed and after and alive:
+            self.place(g, large)
+
+    def place(self, g, large):
+        entry, order = (large, self.oldest(g, large)), self.mixed[g]
+        order.insert(0 if order and entry[1] < order[0][1] else len(order), entry)
+
+    def next_mixed(self, g):
         order = self.mixed[g]
-        if not (after and alive):
-            if large in order:
-                order.remove(large)
-        elif large not in order or min(after)[0] > min(before)[0]:
-            if large in order:
-                order.remove(large)
-            first = bool(order) and self.oldest(g, large) < self.oldest(g, order[0])
-            order.insert(0 if first else len(order), large)
+        while order[0][1] != self.oldest(g, order[0][0]):
+            self.place(g, order.pop(0)[0])
+        return order[0][0]
 
     def evict(self, g, page, events):
         assert events, f"page {page} of group {g} should have been evicted"
@@ -146,7 +149,7 @@ class Model:
         self.expected[g] = max(0, self.expected[g] - len(pages))
 
     def expect_eviction(self, g, large, events):
-        mixed = self.mixed[g][0] if self.mixed[g] else None
+        mixed = self.next_mixed(g) if self.mixed[g] else None
         if self.spare(g) > 0:
             oldest, stamp = self.evictable[0]
             if mixed is None or self.oldest(g, mixed) > stamp:
@@ -169,8 +172,8 @@ class AllocatorMachine(RuleBasedStateMachine):
     pool_class = TwoLevelAllocator
 
     @initialize(
-        large_pages=st.integers(2, 9),
-        ratios=st.lists(st.sampled_from([1, 2, 3, 5]), min_size=1, max_size=3),
+        large_pages=st.integers(2, 6),
+        ratios=st.lists(st.sampled_from([3, 4, 2, 1]), min_size=1, max_size=3),
         reserved=st.integers(0, 1),
     )
     def start(self, large_pages, ratios, reserved):
@@ -201,8 +204,12 @@ class AllocatorMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def allocate(self, data):
         g = self.group(data)
-        count = data.draw(st.integers(0, 2 * self.model.ratios[g] + 2), label="count")
-        if count <= self.model.open_slots(g) + max(0, self.model.spare(g)) * self.model.ratios[g]:
+        most = self.model.open_slots(g) + max(0, self.model.spare(g)) * self.model.ratios[g]
+        free = (len(self.model.free_large()) + 1) * self.model.ratios[g]
+        # Few pages, all that is free and something beyond, or more than there is.
+        few = st.integers(0, 3)
+        count = data.draw(few | few.map(free.__add__) | few.map((most - 1).__add__).map(abs), label="count")
+        if count <= most:
             self.grant(g, count)
         else:
             self.unchanged(
@@ -262,8 +269,10 @@ class AllocatorMachine(RuleBasedStateMachine):
             with pytest.raises(OutOfPagesError):
                 allocate_all(twin, order, wants)
 
-    @rule(data=st.data(), keep=st.booleans())
-    def release(self, data, keep):
+    @rule(data=st.data(), keep=st.sampled_from([True, True, False]), tick=st.sampled_from([True, True, False]))
+    def release(self, data, keep, tick):
+        if tick:
+            self.tick()
         g = self.group(data)
         live = self.pages_in(g, PageState.LIVE)
         for page in data.draw(st.lists(st.sampled_from(live), unique=True, max_size=6), label="pages") if live else []:
@@ -342,7 +351,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 class TestAllocator(AllocatorMachine.TestCase):
     settings = settings(
-        max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=300, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
     )
 
 
@@ -350,11 +359,11 @@ class TestAllocator(AllocatorMachine.TestCase):
 
 
 class GrantsTwice(TwoLevelAllocator):
-    def _take_slot(self, g, large):
-        page = super()._take_slot(g, large)
+    def _take_slots(self, g, large, count):
+        pages = super()._take_slots(g, large, count)
         if self._slots[large]:
-            self._slots[large].insert(0, page)
-        return page
+            self._slots[large].insert(0, pages[0])
+        return pages
 
 
 class LosesReturnedPages(TwoLevelAllocator):
@@ -377,11 +386,11 @@ class ForgetsToCountRevivedSlots(TwoLevelAllocator):
 
 
 class EmptiestFirst(TwoLevelAllocator):
-    def _grant_one(self, index, g):
+    def _grant_shared(self, index, g, count):
         shared = g.mask & ~1
         if shared:
-            return self._take_slot(g, next(iter(g.partial[(shared & -shared).bit_length() - 1])))
-        return super()._grant_one(index, g)
+            return self._take_slots(g, next(iter(g.partial[(shared & -shared).bit_length() - 1])), count)
+        return super()._grant_shared(index, g, count)
 
 
 class NewestEvictableFirst(TwoLevelAllocator):
@@ -392,9 +401,14 @@ class NewestEvictableFirst(TwoLevelAllocator):
             self._evictable.move_to_end(large, last=False)
 
 
-class NeverReordersMixed(TwoLevelAllocator):
+class MixesInOrderOfArrival(TwoLevelAllocator):
     def _mix(self, g, large):
-        g.mixed.setdefault(large)
+        g.mixed[large] = self._oldest(large)
+
+
+class TrustsOldStamps(TwoLevelAllocator):
+    def _next_mixed(self, g):
+        return next(iter(g.mixed))
 
 
 class SharesBeforeWholePages(TwoLevelAllocator):
@@ -436,10 +450,10 @@ class ClockStands(TwoLevelAllocator):
 
 
 class EvictsBeforeItMust(TwoLevelAllocator):
-    def _grant_one(self, index, g):
+    def _grant_shared(self, index, g, count):
         if g.mixed:
-            return self._reuse_cached(index, g, next(iter(g.mixed)))
-        return super()._grant_one(index, g)
+            return [self._reuse_cached(index, g, self._next_mixed(g))]
+        return super()._grant_shared(index, g, count)
 
 
 MUTANTS = [
@@ -449,7 +463,8 @@ MUTANTS = [
     ForgetsToCountRevivedSlots,
     EmptiestFirst,
     NewestEvictableFirst,
-    NeverReordersMixed,
+    MixesInOrderOfArrival,
+    TrustsOldStamps,
     SharesBeforeWholePages,
     IgnoresPins,
     IgnoresExpectations,
@@ -467,8 +482,8 @@ def test_the_model_finds_the_fault(mutant):
     blind = type(mutant.__name__, (mutant,), {"check": lambda self: None})
     machine = type("Machine", (AllocatorMachine,), {"pool_class": blind})
     thorough = settings(
-        max_examples=2000,
-        stateful_step_count=40,
+        max_examples=1000,
+        stateful_step_count=50,
         deadline=None,
         database=None,
         derandomize=True,
