@@ -10,6 +10,7 @@ from jenga.policies import (
     LatentIndexer,
     LayerPolicy,
     RecurrentState,
+    Scratch,
     SlidingWindow,
     TokenBudget,
     VisionEmbedding,
@@ -47,6 +48,7 @@ HITS = [
     (CrossAttention(IMAGES), "x.xxxx", {0}),
     (CrossAttention(), "...", {0, 1, 2, 3}),
     (CrossAttention(((6, 8),)), "....", {0, 1}),
+    (Scratch(), "...", {0, 1, 2, 3}),
     (VisionEmbedding(IMAGES), "......", {0, 1, 2, 3, 4, 5, 6}),
     # 10 tokens: two whole pages; a third would have lost two of its prefix's tokens.
     (TokenBudget(10), "xxxxx", {0, 1, 2}),
@@ -89,6 +91,7 @@ RESIDENT = [
         VisionEmbedding(IMAGES),
         {0: (0, 0), 1: (0, 0), 2: (0, 3), 4: (1, 2), 8: (2, 1), 9: (2, 0), 17: (4, 1), 20: (5, 0)},
     ),
+    (Scratch(), {0: (0, 0), 1: (0, 1), 99: (0, 1)}),
     (TokenBudget(10), {0: (0, 0), 1: (0, 1), 8: (0, 2), 9: (0, 3), 10: (0, 3), 99: (0, 3)}),
 ]
 
@@ -110,6 +113,7 @@ PAGES_OF_HIT = [
     (RecurrentState(), {0: [], 1: [0], 4: [3]}),
     (CrossAttention(IMAGES), {3: [0, 1, 2], 4: [0, 1, 2], 6: [0, 1, 2, 4]}),
     (VisionEmbedding(IMAGES), {3: [], 6: []}),
+    (Scratch(), {0: [], 3: []}),
     (TokenBudget(10), {2: [0, 1]}),
 ]
 
@@ -135,6 +139,7 @@ LAST_USE = [
     (RecurrentState(), 10, [4, 8, 9]),
     (CrossAttention(IMAGES), 24, [23] * 6),
     (VisionEmbedding(IMAGES), 18, [3, 7, 11, 15, 17]),
+    (Scratch(), 12, [11]),
     (TokenBudget(10), 12, [11, 11, 11]),
 ]
 
@@ -152,6 +157,7 @@ def test_last_use_of_a_page_not_reached():
 def test_reusable_pages():
     assert [FullAttention().reusable(i, 11, PAGE) for i in range(3)] == [True, True, False]
     assert [CrossAttention(IMAGES).reusable(i, 24, PAGE) for i in range(6)] == [True, True, True, False, True, False]
+    assert not Scratch().reusable(0, 24, PAGE)
     # Once a token has been dropped, what the pages hold depends on the sequence's own queries.
     assert [TokenBudget(10).reusable(i, 10, PAGE) for i in range(3)] == [True, True, False]
     assert [TokenBudget(10).reusable(i, 11, PAGE) for i in range(3)] == [False, False, False]
@@ -178,7 +184,7 @@ def test_bad_parameters(make, words):
 
 def test_registry():
     kinds = ["full_attention", "mla", "mla_indexer", "sliding_window", "chunked_local", "recurrent_state"]
-    for kind in [*kinds, "cross_attention", "vision_embedding", "token_budget"]:
+    for kind in [*kinds, "cross_attention", "vision_embedding", "token_budget", "scratch"]:
         assert policy_class(kind).kind == kind
     with pytest.raises(ValueError, match="unknown layer type 'fulll'; known: chunked_local, "):
         policy_class("fulll")
