@@ -15,6 +15,8 @@ from deployments.router import PrefixAffinityRouter
 
 # Ongoing requests of the ingress are bounded by the engines' queues, not by it.
 _NO_LIMIT = 1_000_000
+# How often the controller asks a replica what routers should know.
+_ROUTING_PERIOD_S = 2.0
 
 
 def environment(config: Serving) -> dict[str, str]:
@@ -73,6 +75,7 @@ def llm_config(config: Serving, source: Path) -> LLMConfig:
         "request_router_config": {
             "request_router_class": PrefixAffinityRouter,
             "request_router_kwargs": router_kwargs(config),
+            "request_routing_stats_period_s": _ROUTING_PERIOD_S,
         },
     }
     if isinstance(replicas, Autoscaling):

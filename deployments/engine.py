@@ -12,6 +12,7 @@ from ray.serve.llm.deployment import LLMServer
 
 from deployments.failures import in_our_terms, root_cause
 from deployments.metrics import Exporter
+from deployments.placement import KV_IN_USE
 from jenga.metrics import Sample
 from jenga.metrics.engine import EngineReport, report_samples
 
@@ -22,6 +23,9 @@ _LOG_TAIL_BYTES = 1 << 20
 # How often the memory's state is asked for, and how long an answer may take.
 _PERIOD_S = 2.0
 _ANSWER_S = 10.0
+# Causes of `jenga.metrics` that live requests account for, and the steps of the fraction told to routers.
+_LIVE = ("needed", "tail", "droppable")
+_STEPS = 20
 
 
 class EngineStartError(RuntimeError):
@@ -30,6 +34,8 @@ class EngineStartError(RuntimeError):
 
 class JengaServer(LLMServer):
     """One replica: an engine and what is told about it."""
+
+    _kv_in_use = 0.0
 
     async def start(self) -> None:
         """Start the engine; raise EngineStartError with its own reason if that fails."""
@@ -50,6 +56,19 @@ class JengaServer(LLMServer):
             ) from None
         self._metrics = asyncio.create_task(self._export_metrics())
 
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """What routers learn of this replica: Ray's own, and the part of the KV memory in use."""
+        return {**await super().record_routing_stats(), KV_IN_USE: self._kv_in_use}
+
+    def _samples(self, data: Mapping[str, Any]) -> Iterator[Sample]:
+        """Samples of what `jenga_memory` answered; lazily, so that the exporter meets its faults."""
+        report = EngineReport.from_dict(data)
+        causes = report.memory.by_cause()
+        in_use = sum(causes[cause] for cause in _LIVE) / report.memory.buffer_bytes
+        # In steps, because every change is sent to every router.
+        self._kv_in_use = round(in_use * _STEPS) / _STEPS
+        yield from report_samples(report)
+
     async def _export_metrics(self) -> None:
         """Ask the engine core for its memory now and then, and hand the samples to Ray.
 
@@ -68,13 +87,8 @@ class JengaServer(LLMServer):
                 logger.warning("no memory metrics from this engine: %s", error)
                 return
             if data is not None:
-                exporter.publish(_memory_samples(data))
+                exporter.publish(self._samples(data))
             await asyncio.sleep(_PERIOD_S)
-
-
-def _memory_samples(data: Mapping[str, Any]) -> Iterator[Sample]:
-    """Samples of what `jenga_memory` answered; lazily, so that the exporter meets its faults."""
-    yield from report_samples(EngineReport.from_dict(data))
 
 
 def _reason_in(log: Path, begin: int) -> str | None:

@@ -16,6 +16,15 @@ from typing import Generic, TypeVar
 Replica = TypeVar("Replica", bound=Hashable)
 Prompt = str | Sequence[int]
 
+KV_IN_USE = "kv_in_use"
+"""Key of a replica's routing statistics: the fraction of its KV memory that live requests hold."""
+
+
+def load_of(queue: int | None, stats: Mapping[str, object]) -> float:
+    """A replica's load: requests in progress, and below one request the KV memory in use."""
+    used = stats.get(KV_IN_USE, 0.0)
+    return (queue or 0) + (min(max(used, 0.0), 0.99) if isinstance(used, int | float) else 0.0)
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -79,7 +88,7 @@ class PrefixPlacement(Generic[Replica]):
     def rank(self, names: Sequence[bytes], loads: Mapping[Replica, float]) -> list[list[Replica]]:
         """Ranks of replicas, best first; within a rank the least loaded is to be taken.
 
-        ``loads`` holds the requests in progress of every replica that may be chosen.  The first
+        ``loads`` holds the load (see ``load_of``) of every replica that may be chosen.  The first
         rank is the replica of the longest known prefix if its load permits; the next is two
         replicas at random (power of two choices), the last is all, so that a full replica never
         blocks a request.
@@ -87,7 +96,9 @@ class PrefixPlacement(Generic[Replica]):
         if not loads:
             return []
         replicas = list(loads)
-        ranks = [self._rng.sample(replicas, min(2, len(replicas)))]
+        two = self._rng.sample(replicas, min(2, len(replicas)))
+        # Of equally long queues the first is taken.
+        ranks = [sorted(two, key=lambda replica: loads[replica])]
         if len(replicas) > 2:
             ranks.append(replicas)
         if affine := self._affine(names, loads):

@@ -6,7 +6,7 @@ from typing import Any
 from ray.serve._private.common import ReplicaID
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from deployments.placement import Policy, PrefixPlacement, chunk_names, prompt_of
+from deployments.placement import Policy, PrefixPlacement, chunk_names, load_of, prompt_of
 
 
 class PrefixAffinityRouter(RequestRouter):
@@ -29,7 +29,7 @@ class PrefixAffinityRouter(RequestRouter):
             pending_request.routing_context.should_backoff = True
         by_id = {replica.replica_id: replica for replica in candidate_replicas}
         queues = self.replica_queue_len_cache
-        loads = {replica_id: float(queues.get(replica_id) or 0) for replica_id in by_id}
+        loads = {id_: load_of(queues.get(id_), replica.routing_stats or {}) for id_, replica in by_id.items()}
         ranks = self._placement.rank(self._names(pending_request), loads)
         return [[by_id[replica_id] for replica_id in rank] for rank in ranks]
 

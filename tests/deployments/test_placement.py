@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.placement import Policy, PrefixPlacement, chunk_names, prompt_of
+from deployments.placement import KV_IN_USE, Policy, PrefixPlacement, chunk_names, load_of, prompt_of
 
 POLICY = Policy(chunk=4, max_chunks=8, max_entries=16, load_factor=2.0, load_slack=1.0)
 
@@ -95,6 +95,15 @@ def test_a_replica_that_left_is_neither_chosen_nor_remembered() -> None:
     assert table.matched(names("aaaa"), "gone") == 0
     assert table.matched(names("aaaa"), "here") == 1
     assert table.rank(names("aaaa"), {"here": 0, "new": 0})[0] == ["here"]
+
+
+def test_of_equal_queues_the_one_with_more_free_memory_comes_first() -> None:
+    loads = {"full": load_of(2, {KV_IN_USE: 0.9}), "empty": load_of(2, {KV_IN_USE: 0.1}), "idle": load_of(None, {})}
+    assert loads["idle"] < loads["empty"] < loads["full"] < 3
+    del loads["idle"]
+    assert all(placement().rank([], loads)[0] == ["empty", "full"] for _ in range(20))
+    assert load_of(1, {KV_IN_USE: "nonsense"}) == 1
+    assert load_of(1, {KV_IN_USE: 7}) < 2
 
 
 def test_without_replicas_there_is_nothing_to_rank() -> None:
