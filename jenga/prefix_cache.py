@@ -108,7 +108,6 @@ class PrefixCache:
         self.alignment = lcm(*(self.groups[g].page_tokens for g in self._text))
         """Granularity of hits, in tokens."""
         self.pool = pool(self._evicted)
-        self.has_states = any(not g.policy.token_pages for g in groups)
         self._sequences: dict[Hashable, _Sequence] = {}
         self._index: list[dict[int, int]] = [{} for _ in groups]
         self._key: list[dict[int, int]] = [{} for _ in groups]  # the index, turned round
@@ -116,8 +115,16 @@ class PrefixCache:
         self._dense = [g.policy.resident_from(_FAR, g.page_tokens) == 0 for g in groups]  # need every page
         # They bound a hit most tightly: ask them first.
         self._lookup_order = sorted(self._text, key=lambda g: not self._dense[g])
-        # Token budgets: their pages become useless to others as the sequence grows, so they are never shared.
-        self._capped = [g in self._text and not p.policy.reusable(0, _FAR, p.page_tokens) for g, p in enumerate(groups)]
+        # Not shared: scratch memory, images, and token budgets (as a sequence grows, others' pages become useless).
+        self.shared = tuple(
+            g in self._text and group.policy.reusable(0, _FAR, group.page_tokens) for g, group in enumerate(self.groups)
+        )
+        """Per group, whether its pages can serve hits; the others' keys are never looked at."""
+        self._capped = [
+            not self.shared[g] and self.counts[g] is not Counts.IMAGES and group.policy.token_pages
+            for g, group in enumerate(self.groups)
+        ]
+        self._states = any(self.shared[g] and not group.policy.token_pages for g, group in enumerate(self.groups))
         self._grown: list[Hashable] = []  # since the last `end_step`
         self.releases = 0
         """Pages given back to the pool since start: what did not fit may fit when this has changed."""
@@ -154,13 +161,17 @@ class PrefixCache:
     def lookup(self, keys: Keys, limit_tokens: int) -> Match:
         """The longest prefix of at most `limit_tokens` tokens that can be resumed.  No side effects."""
         caches = [
-            GroupCache(self.groups[g].policy, self.groups[g].page_tokens, _cached_test(self._index[g], keys[g]))
+            GroupCache(
+                self.groups[g].policy,
+                self.groups[g].page_tokens,
+                _cached_test(self._index[g], keys[g]) if self.shared[g] else _nothing_cached,
+            )
             for g in self._lookup_order
         ]
         hit = longest_common_hit(caches, limit_tokens, self.alignment)
         pages: list[dict[int, int]] = []
         for g, group in enumerate(self.groups):
-            if self.counts[g] is Counts.IMAGES:
+            if not self.shared[g]:
                 pages.append({})
                 continue
             needed = group.policy.pages_of_hit(hit.tokens // group.page_tokens, group.page_tokens)
@@ -182,7 +193,7 @@ class PrefixCache:
         for g, (group, held) in enumerate(zip(self.groups, match.pages, strict=True)):
             size = group.page_tokens
             if not group.policy.token_pages:  # the state; while it leaves one behind at a boundary, both
-                needs.append(2 if boundaries and not held else 1)
+                needs.append(2 if boundaries and not held and self.shared[g] else 1)
                 continue
             # The last chunk may start anywhere in a page.
             start = max(match.hit.tokens, tokens - chunk - size + 1)
@@ -222,7 +233,7 @@ class PrefixCache:
             UnknownRequestError: it holds no pages.
         """
         sequence = self._require(request)
-        if not self.has_states:
+        if not self._states:
             return tokens
         return min((b for b in sequence.boundaries if sequence.computed < b < tokens), default=tokens)
 
@@ -433,12 +444,12 @@ class PrefixCache:
                 held = sequence.pages[g]
                 if running is not None:
                     held[(tokens - 1) // size] = held.pop(running)
-                if tokens in sequence.boundaries:
+                if self.shared[g] and tokens in sequence.boundaries:
                     self._index_pages(g, sequence, range(tokens // size - 1, tokens // size))
                 continue
             sequence.ends[g] = max(sequence.ends[g], self._end(g, tokens, sequence.image_tokens))
             first, last = before // size, tokens // size
-            if sequence.image_tokens or self._capped[g] or g not in self._text:
+            if sequence.image_tokens or not self.shared[g]:
                 continue
             if self._dense[g]:
                 self._index_pages(g, sequence, range(first, last))
@@ -470,3 +481,7 @@ class PrefixCache:
 
 def _cached_test(index: dict[int, int], keys: Sequence[int]) -> CachedTest:
     return lambda page: keys[page] in index
+
+
+def _nothing_cached(page: int) -> bool:
+    return False

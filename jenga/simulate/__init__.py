@@ -4,6 +4,7 @@ from jenga.simulate.clairvoyant import HitBound, dense_bytes_per_token, hit_boun
 from jenga.simulate.cost import StepCost
 from jenga.simulate.engine import Limits, Simulation, simulate
 from jenga.simulate.exact import exact_plan
+from jenga.simulate.planning import plan_for
 from jenga.simulate.report import CAUSES, WASTE, MemorySample, Percentiles, SimulationResult, bytes_by_cause
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "dense_bytes_per_token",
     "exact_plan",
     "hit_bound",
+    "plan_for",
     "simulate",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,21 @@ class StepCost:
         compute = 2.0 * self.active_parameters * tokens / self.flops_per_s
         weights = self.weight_bytes / self.bytes_per_s
         return self.overhead_s + max(compute, weights) + cache_bytes / self.bytes_per_s
+
+    @classmethod
+    def from_json(cls, text: str) -> StepCost:
+        """Constants from a JSON object; those left out keep their defaults.
+
+        Raises:
+            ValueError: not an object, an unknown name, or a value that is not a positive number.
+        """
+        values = json.loads(text)
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a JSON object with some of {', '.join(sorted(known))}")
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(f"unknown constant {name!r}; known: {', '.join(sorted(known))}")
+            if not isinstance(value, int | float) or value <= 0:
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        return cls(**values)

@@ -186,8 +186,9 @@ class Simulation:
                 self._short = True
                 return None
         if not request.keys:
-            by_size = {p.group.page_tokens: trace.keys(p.group.page_tokens) for p in self._plan.groups}
-            request.keys = [by_size[p.group.page_tokens] for p in self._plan.groups]
+            sizes = [g.page_tokens if shared else 0 for g, shared in zip(cache.groups, cache.shared, strict=True)]
+            by_size = {size: trace.keys(size) if size else [] for size in sizes}
+            request.keys = [by_size[size] for size in sizes]
         cacheable = self._limits.prefix_caching and not trace.image_tokens
         match = cache.lookup(request.keys, request.target - 1) if cacheable else cache.no_match()
         if not cache.fits(match, request.target, self._limits.batched_tokens, trace.image_tokens):
