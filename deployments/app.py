@@ -72,6 +72,9 @@ def llm_config(config: Serving, source: Path) -> LLMConfig:
         "ray_actor_options": {"num_cpus": 0},
         "max_ongoing_requests": _NO_LIMIT,
         "graceful_shutdown_timeout_s": 10,
+        # A dead engine fails requests fast, which makes it look idle: find it soon.  Slow is not dead.
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 30,
         "request_router_config": {
             "request_router_class": PrefixAffinityRouter,
             "request_router_kwargs": router_kwargs(config),

@@ -1,4 +1,4 @@
-"""Why an engine did not start: the one line that matters out of logs and tracebacks.
+"""What engines say in their logs: why one did not start, and the plan of its memory.
 
 vLLM's engine core is a process of its own.  When it fails, the parent only learns "Engine core
 initialization failed. See root cause above"; the cause is in the log.
@@ -83,3 +83,23 @@ _PYDANTIC = re.compile(r"^\d+ validation errors? for \w+\n\s*(?:Value error, )?(
 def _unframed(reason: str) -> str:
     match = _PYDANTIC.match(reason)
     return match["text"] if match else reason
+
+
+_PLAN_TITLE = "Jenga's memory plan"
+
+
+def memory_plan(lines: Iterable[str]) -> str | None:
+    """The start-up table of `jenga.vllm_plugin` out of an engine's log, None if it is not there."""
+    plan: list[str] = []
+    prefix = None
+    for line in lines:
+        if prefix is None:
+            start = line.find(_PLAN_TITLE)
+            if start >= 0:
+                # vLLM repeats the prefix on every line of one message.
+                prefix = line[:start]
+        elif line.startswith(prefix):
+            plan.append(line[len(prefix) :].rstrip())
+        else:
+            break
+    return "\n".join(plan) or None

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from deployments.config import ConfigError, ServeFile, load
-from deployments.failures import root_cause
+from deployments.failures import memory_plan, root_cause
 from deployments.local import isolation, node, processes, record
 from deployments.local.api import ServeApi, State
 from deployments.local.ports import PortError, free_ports, listen
@@ -417,9 +417,25 @@ def _first_answer(running: Record, config: ServeFile) -> Answer:
     return Answer(path, request, response.json(), time.monotonic() - begin, right)
 
 
+def _logs(running: Record) -> Path:
+    """Ray's logs of this deployment, while it runs."""
+    return Path(running.ray_dir) / "ray" / "session_latest" / "logs"
+
+
+def _memory_plan(running: Record) -> str | None:
+    """The memory plan as one engine printed it: all are alike."""
+    for log in sorted(_logs(running).glob("worker-*.out")):
+        if plan := memory_plan(log.read_text(errors="replace").splitlines()):
+            return plan
+    return None
+
+
 def _report(running: Record, answer: Answer, progress: Progress) -> None:
     console = progress.console
     console.print(f"\n[bold green]serving[/] {running.model} after {progress.elapsed:.0f} s\n")
+    if plan := _memory_plan(running):
+        console.print("memory plan of each replica:")
+        console.print(plan + "\n", markup=False, highlight=False, no_wrap=True, overflow="ignore", crop=False)
     console.print(answer.curl(running.url), markup=False, highlight=False, soft_wrap=True)
     console.print(json.dumps(answer.response), markup=False, highlight=False, soft_wrap=True, style="dim")
     if answer.right is not None:
@@ -436,11 +452,10 @@ def _report(running: Record, answer: Answer, progress: Progress) -> None:
 
 def _keep_logs(running: Record, console: Console) -> None:
     """Ray's logs of a failed start, beside our own; Ray's folder itself is removed."""
-    source = Path(running.ray_dir) / "ray" / "session_latest" / "logs"
     target = Path(running.log).parent / "last-failure"
     shutil.rmtree(target, ignore_errors=True)
     with contextlib.suppress(OSError, shutil.Error):
-        shutil.copytree(source, target)
+        shutil.copytree(_logs(running), target)
         console.print(f"[dim]Ray's logs of this start: {escape(str(target))}[/]", highlight=False, soft_wrap=True)
 
 

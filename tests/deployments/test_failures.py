@@ -1,6 +1,6 @@
 """The reason of a failed start, out of what processes print."""
 
-from deployments.failures import in_our_terms, root_cause
+from deployments.failures import in_our_terms, memory_plan, root_cause
 
 # What vLLM 0.32 printed, shortened.
 ENGINE_LOG = """
@@ -69,3 +69,16 @@ def test_pydantics_frame_is_taken_off() -> None:
 
 def test_other_reasons_stay_as_they_are() -> None:
     assert in_our_terms("no such tokenizer", kv_memory=1, max_model_len=1) == "no such tokenizer"
+
+
+def test_the_memory_plan_is_cut_out_of_the_log() -> None:
+    at = "(EngineCore pid=8) INFO 11-23 09:43:48 [report.py:20] "
+    log = [
+        "before",
+        at + "Jenga's memory plan",
+        at + "| group |",
+        at + "2 large pages",
+        "(EngineCore pid=8) INFO after",
+    ]
+    assert memory_plan(log) == "| group |\n2 large pages"
+    assert memory_plan(["nothing", "here"]) is None

@@ -116,7 +116,16 @@ def events(running: Running, path: str, **fields: Any) -> list[Any]:
 
 
 def test_the_start_shows_an_example_and_where_everything_is(served: Running) -> None:
-    for shown in ("curl -s", '"object": "chat.completion"', served.record.metrics_url, "jenga stop"):
+    for shown in (
+        "memory plan",
+        "sliding_window",
+        "pages/large page",
+        "curl -s",
+        "is right",
+        '"object": "chat.completion"',
+        served.record.metrics_url,
+        "jenga stop",
+    ):
         assert shown in served.output
     assert "Traceback" not in served.output
 
