@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -68,6 +68,20 @@ class Dtypes(_Strict):
     """Convolution part of recurrent states."""
     state: Dtype = "float32"
     """Recurrent part of recurrent states."""
+
+
+def check_dtype(value: str | None, setting: str) -> Dtype | None:
+    """`value` if it names a data type, or None if it is None; ``auto`` is None, too.
+
+    Raises:
+        ModelError: it does not; the message names `setting` and what is known.
+    """
+    if value is None or value == "auto":
+        return None
+    for known in get_args(Dtype):
+        if value == known or (known == "fp8" and value.startswith("fp8_e")):
+            return cast(Dtype, known)
+    raise ModelError(f"{setting} {value!r} is not known; choose one of auto, {', '.join(get_args(Dtype))}")
 
 
 def _divide(what: str, count: int, tp: int) -> int:

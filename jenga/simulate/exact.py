@@ -25,6 +25,12 @@ class Bytes:
 
     units: int
     page_bytes: tuple[int, ...]
+    reserved: int = 0
+
+    @property
+    def divided_into(self) -> str:
+        """What the units are."""
+        return "bytes"
 
     def build(self, on_evict: EvictCallback | None = None) -> Pool:
         """A pool with every byte free."""
@@ -32,7 +38,11 @@ class Bytes:
 
     def holds(self, pages: Sequence[int]) -> bool:
         """Whether an empty pool can hold ``pages[g]`` live pages of every group at once."""
-        return sum(n * b for n, b in zip(pages, self.page_bytes, strict=True)) <= self.units
+        return sum(self.owned(pages)) <= self.units
+
+    def owned(self, pages: Sequence[int]) -> list[int]:
+        """Bytes of ``pages[g]`` pages, by group."""
+        return [n * b for n, b in zip(pages, self.page_bytes, strict=True)]
 
 
 class BytePool:

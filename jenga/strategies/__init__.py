@@ -21,6 +21,18 @@ STRATEGIES: dict[str, Strategy] = {
 """By name, in the order in which tables show them."""
 
 
+def require_strategy(name: str) -> None:
+    """Refuse an unknown strategy.
+
+    Raises:
+        PlanError: names the known ones.
+    """
+    if name not in STRATEGIES:
+        close = get_close_matches(name, STRATEGIES, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise PlanError(f"unknown strategy {name!r}.{hint} Known: {', '.join(STRATEGIES)}")
+
+
 def make_plan(
     strategy: str, model: str, types: Sequence[LayerType], memory_bytes: int, workload: Workload | None = None
 ) -> Plan:
@@ -29,10 +41,7 @@ def make_plan(
     Raises:
         PlanError: no such strategy, no layers, or too little memory; the message says what to do.
     """
-    if strategy not in STRATEGIES:
-        close = get_close_matches(strategy, STRATEGIES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise PlanError(f"unknown strategy {strategy!r}{hint} Known: {', '.join(STRATEGIES)}")
+    require_strategy(strategy)
     if not types:
         raise PlanError(f"{model} has no layers with KV memory")
     return STRATEGIES[strategy](model, types, memory_bytes, workload or Workload())
@@ -48,4 +57,5 @@ __all__ = [
     "Strategy",
     "Workload",
     "make_plan",
+    "require_strategy",
 ]

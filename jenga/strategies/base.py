@@ -126,6 +126,26 @@ class Plan:
             low, high = (middle, high) if self.shape.holds([n * middle for n in pages]) else (low, middle)
         return low
 
+    def waste(self, sequences: int, tokens: int, image_tokens: int = 0) -> dict[str, int]:
+        """Bytes of the whole buffer by cause when `sequences` such sequences are resident; they sum to `memory_bytes`.
+
+        The causes are those of `jenga.metrics.memory`; what no sequence needs counts as free, the remainder included.
+        """
+        one = self.sequence(tokens, image_tokens)
+        pages = [n * sequences for n in self.pages(tokens, image_tokens)]
+        owned = sum(self.shape.owned(pages)) * self.large_page_bytes
+        held = sum(n * place.stride for n, place in zip(pages, self.groups, strict=True))
+        reserved = self.shape.reserved * self.large_page_bytes
+        return {
+            "needed": one.needed * sequences,
+            "tail": one.tail * sequences,
+            "droppable": one.droppable * sequences,
+            "padding": one.padding * sequences,
+            "stranded": owned - held,
+            "reserved": reserved,
+            "free": self.memory_bytes - owned - reserved,
+        }
+
 
 Strategy = Callable[[str, Sequence[LayerType], int, Workload], Plan]
 """``strategy(model name, layer types, memory in bytes, workload)``.

@@ -29,7 +29,8 @@ def plan(model: str, types: Sequence[LayerType], memory_bytes: int, workload: Wo
     chunk = gcd(*strides)
     spans = tuple(s // chunk for s in strides)
     units = memory_bytes // chunk
-    require_pages(NAME, model, memory_bytes, chunk, units, max(spans) + sum(spans))
+    null = max((s for s, t in zip(spans, types, strict=True) if not t.is_state), default=0)
+    require_pages(NAME, model, memory_bytes, chunk, units, null + sum(spans))
     return Plan(
         strategy=NAME,
         model=model,
@@ -42,7 +43,7 @@ def plan(model: str, types: Sequence[LayerType], memory_bytes: int, workload: Wo
             "adjacent chunks",
         ),
         contents=contents,
-        shape=Chunks(units, spans),
+        shape=Chunks(units, spans, null),
         explanation=f"chunks of {chunk} bytes; adjacent chunks per page: "
         + ", ".join(f"{g.name} {s}" for g, s in zip(groups, spans, strict=True)),
     )

@@ -47,7 +47,7 @@ def plan(model: str, types: Sequence[LayerType], memory_bytes: int, workload: Wo
             contents=tuple(contents),
             shape=parts,
             explanation=f"pages of {block} tokens for all attention layers as if full; recurrent states in a region "
-            f"fixed at start, {parts.slots[-1] - 1} of them, sized for {_lengths(workload)} tokens",
+            f"fixed at start, {parts.usable[-1]} of them, sized for {_lengths(workload)} tokens",
         )
     page = groups[0].page_bytes
     units = memory_bytes // page

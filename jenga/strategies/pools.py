@@ -69,11 +69,22 @@ class Shape(Protocol):
     def units(self) -> int:
         """Large pages in the buffer, the reserved ones included."""
 
+    @property
+    def divided_into(self) -> str:
+        """What the units are, in words."""
+
     def build(self, on_evict: EvictCallback | None = None) -> Pool:
         """A pool with every page free."""
 
     def holds(self, pages: Sequence[int]) -> bool:
         """Whether an empty pool can hold ``pages[g]`` live pages of every group at once, shared as well as can be."""
+
+    def owned(self, pages: Sequence[int]) -> list[int]:
+        """Units that every group owns when it holds ``pages[g]`` live pages, shared as well as can be."""
+
+    @property
+    def reserved(self) -> int:
+        """Units that are never granted."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +95,34 @@ class TwoLevel:
     ratios: tuple[int, ...]
     reserved: int = 1
 
+    @property
+    def divided_into(self) -> str:
+        return "large pages"
+
     def build(self, on_evict: EvictCallback | None = None) -> Pool:
         return TwoLevelAllocator(self.units, self.ratios, reserved=self.reserved, on_evict=on_evict)
 
     def holds(self, pages: Sequence[int]) -> bool:
-        taken = sum(-(-count // ratio) for count, ratio in zip(pages, self.ratios, strict=True))
-        return taken <= self.units - self.reserved
+        return sum(self.owned(pages)) <= self.units - self.reserved
+
+    def owned(self, pages: Sequence[int]) -> list[int]:
+        return [-(-count // ratio) for count, ratio in zip(pages, self.ratios, strict=True)]
 
 
 @dataclass(frozen=True)
 class Partitions:
-    """A fixed part of the buffer for every group, for good: ``slots[g]`` pages of ``strides[g]`` bytes."""
+    """A fixed part of the buffer for every group, for good: ``slots[g]`` pages of ``strides[g]`` bytes.
+
+    The first ``nulls[g]`` pages of a part are never granted.
+    """
 
     slots: tuple[int, ...]
     strides: tuple[int, ...]
+    nulls: tuple[int, ...]
+
+    @property
+    def divided_into(self) -> str:
+        return "fixed parts"
 
     @property
     def unit_bytes(self) -> int:
@@ -111,8 +136,25 @@ class Partitions:
     def build(self, on_evict: EvictCallback | None = None) -> Pool:
         return PartitionedPool(self, on_evict)
 
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Units of one page, by group."""
+        return tuple(stride // self.unit_bytes for stride in self.strides)
+
+    @property
+    def reserved(self) -> int:
+        return sum(nulls * weight for nulls, weight in zip(self.nulls, self.weights, strict=True))
+
+    @property
+    def usable(self) -> tuple[int, ...]:
+        """Pages that can be granted, by group."""
+        return tuple(slots - nulls for slots, nulls in zip(self.slots, self.nulls, strict=True))
+
     def holds(self, pages: Sequence[int]) -> bool:
-        return all(count < slots for count, slots in zip(pages, self.slots, strict=True))
+        return all(count <= slots for count, slots in zip(pages, self.usable, strict=True))
+
+    def owned(self, pages: Sequence[int]) -> list[int]:
+        return [slots * weight for slots, weight in zip(self.usable, self.weights, strict=True)]
 
 
 class PartitionedPool:
@@ -130,7 +172,8 @@ class PartitionedPool:
             return lambda _, page: on_evict(group, page)
 
         self._parts = [
-            TwoLevelAllocator(slots, (1,), on_evict=report(group)) for group, slots in enumerate(shape.slots)
+            TwoLevelAllocator(slots, (1,), reserved=nulls, on_evict=report(group))
+            for group, (slots, nulls) in enumerate(zip(shape.slots, shape.nulls, strict=True))
         ]
 
     def _part(self, group: int, page: int | None = None) -> TwoLevelAllocator:
@@ -141,16 +184,14 @@ class PartitionedPool:
 
     @property
     def available(self) -> int:
-        weights = (s // self._shape.unit_bytes for s in self._shape.strides)
-        return sum(part.available * w for part, w in zip(self._parts, weights, strict=True))
+        return sum(part.available * w for part, w in zip(self._parts, self._shape.weights, strict=True))
 
     def state(self, group: int, page: int) -> PageState:
         return self._part(group, page).state(0, page)
 
     def large_pages_needed(self, pages: Sequence[int], pins: Sequence[Iterable[int]] = ()) -> int:
         needed = lacking = 0
-        for g, part in enumerate(self._parts):
-            weight = self._shape.strides[g] // self._shape.unit_bytes
+        for g, (part, weight) in enumerate(zip(self._parts, self._shape.weights, strict=True)):
             take = part.large_pages_needed((pages[g],), (pins[g],) if pins else ())
             needed += take * weight
             lacking += max(0, take - part.available) * weight
@@ -182,8 +223,7 @@ class PartitionedPool:
     def usage(self) -> Usage:
         groups = []
         reserved = evictable = 0
-        for part, stride in zip(self._parts, self._shape.strides, strict=True):
-            weight = stride // self._shape.unit_bytes
+        for part, weight in zip(self._parts, self._shape.weights, strict=True):
             own = part.usage()
             reserved += own.reserved * weight
             evictable += own.evictable * weight
@@ -209,17 +249,28 @@ class PartitionedPool:
 
 @dataclass(frozen=True)
 class Chunks:
-    """`units` equal chunks; a page of group ``g`` needs ``spans[g]`` adjacent ones, at any place."""
+    """`units` equal chunks; a page of group ``g`` needs ``spans[g]`` adjacent ones, at any place.
+
+    The first `reserved` are never granted.
+    """
 
     units: int
     spans: tuple[int, ...]
+    reserved: int
+
+    @property
+    def divided_into(self) -> str:
+        return "chunks"
 
     def build(self, on_evict: EvictCallback | None = None) -> Pool:
         return ChunkedPool(self, on_evict)
 
     def holds(self, pages: Sequence[int]) -> bool:
         # Laid one beside the other, in order of size, pages leave no gap.
-        return sum(n * s for n, s in zip(pages, self.spans, strict=True)) <= self.units - max(self.spans)
+        return sum(self.owned(pages)) <= self.units - self.reserved
+
+    def owned(self, pages: Sequence[int]) -> list[int]:
+        return [count * span for count, span in zip(pages, self.spans, strict=True)]
 
 
 class ChunkedPool:
@@ -232,7 +283,7 @@ class ChunkedPool:
     def __init__(self, shape: Chunks, on_evict: EvictCallback | None = None) -> None:
         self._spans = shape.spans
         self._units = shape.units
-        self._reserved = max(shape.spans)  # the null page of every group
+        self._reserved = shape.reserved
         if shape.units <= self._reserved:
             raise ValueError(f"{shape.units} chunks, {self._reserved} of them reserved: none is left to grant")
         self._on_evict = on_evict

@@ -34,14 +34,17 @@ def split(
         )
         for g, counted in zip(groups, counts, strict=True)
     ]
-    usable = memory_bytes - sum(strides)  # one null page for every group
+    # A null page for every block table; states have none.
+    nulls = tuple(int(g.policy.token_pages) for g in groups)
+    usable = memory_bytes - sum(n * s for n, s in zip(nulls, strides, strict=True))
     per_sequence = sum(m * s for m, s in zip(mean, strides, strict=True))
     sequences = usable / per_sequence if per_sequence else Fraction(0)
-    slots = tuple(1 + max(1, int(sequences * m)) for m in mean)
+    slots = tuple(null + max(1, int(sequences * m)) for null, m in zip(nulls, mean, strict=True))
     taken = sum(n * s for n, s in zip(slots, strides, strict=True))
     if sequences <= 0 or taken > memory_bytes:
         raise PlanError(
             f"{model}, strategy {strategy}: a fixed split of {memory_bytes} bytes leaves some layer type without a "
-            f"page; give at least {sum(2 * s for s in strides)} bytes, or a higher --tp"
+            f"page (one of each takes {sum(strides)} bytes, tuned for {len(workload.tokens)} typical lengths); give more "
+            "memory or a higher --tp"
         )
-    return Partitions(slots, tuple(strides))
+    return Partitions(slots, tuple(strides), nulls)

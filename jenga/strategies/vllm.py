@@ -142,7 +142,7 @@ def _spec(kind: LayerType, block: int, types: Sequence[LayerType]) -> _Spec:
         page = kind.state_bytes if main is None else main.page_bytes(block)
         return _Spec(kind, block, max(page, kind.state_bytes))
     if isinstance(kind.policy, SlidingWindow) and kind.max_block_tokens is not None and kind.max_block_tokens < block:
-        block = kind.block_tokens
+        block = kind.max_block_tokens
     return _Spec(kind, block, kind.page_bytes(block))
 
 

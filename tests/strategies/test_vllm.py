@@ -151,7 +151,7 @@ def vllm_specs(
             }
             if isinstance(layer, models.SlidingWindowLayers):
                 small = layer.max_block_tokens is not None and layer.max_block_tokens < block
-                own = layer.block_tokens if small else block
+                own = layer.max_block_tokens if small else block
                 spec = SlidingWindowSpec(block_size=own, sliding_window=layer.window, **common)
             elif isinstance(layer, models.ChunkedLocalLayers):
                 spec = ChunkedLocalAttentionSpec(block_size=block, attention_chunk_size=layer.chunk, **common)
