@@ -82,6 +82,10 @@ def test_pages_needed_are_held_and_resident(policy, page_tokens, tokens):
     if isinstance(policy, VisionEmbedding):  # the rest of the item at hand, which runs ahead of the tokens computed
         ahead = next((stop for begin, stop in policy.items if begin <= tokens < stop), tokens)
         assert needed == (0 if ahead == tokens else -(-ahead // page_tokens) - start)
+    elif isinstance(policy, CrossAttention):
+        stored = {t // page_tokens for begin, stop in policy.items for t in range(begin, min(stop, tokens))}
+        assert needed == len(stored)
+        assert all(policy.holds(i, page_tokens) for i in stored)
     else:
         pages = range(start, -(-tokens // page_tokens))
         assert needed == sum(policy.holds(i, page_tokens) for i in pages)
