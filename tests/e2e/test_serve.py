@@ -330,6 +330,32 @@ def test_memory_by_group_and_state_reaches_the_scrape_with_a_replica_label(serve
         assert 0.98 * 16 * 2**20 < float(whole[1]) <= 16 * 2**20
 
 
+def test_vllms_own_load_generator_works_against_it(served: Running, tmp_path: Path) -> None:
+    options = {
+        "base-url": served.record.url,
+        "model": MODEL,
+        "tokenizer": str(ROOT / "var" / "models" / MODEL),
+        "dataset-name": "random",
+        "random-input-len": "60",
+        "random-output-len": "8",
+        "num-prompts": "16",
+        "max-concurrency": "4",
+        "result-dir": str(tmp_path),
+        "result-filename": "result.json",
+    }
+    flags = [part for key, value in options.items() for part in (f"--{key}", value)]
+    subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "vllm_bench_serve.py"), *flags, "--save-result", "--disable-tqdm"],
+        check=True,
+        timeout=200,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["completed"], result["failed"]) == (16, 0)
+    assert result["total_output_tokens"] == 16 * 8
+
+
 def test_status_shows_replicas_and_addresses(served: Running) -> None:
     shown = jenga(served.state, "status")
     assert shown.returncode == 0

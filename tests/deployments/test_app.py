@@ -1,0 +1,70 @@
+"""Our settings in Ray's and vLLM's form."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.app import build, engine_kwargs, environment, llm_config
+from deployments.config import ConfigError, Serving, parse_serving
+from deployments.engine import JengaServer
+from deployments.ingress import refusal
+from deployments.placement import Policy
+from deployments.router import PrefixAffinityRouter
+
+
+def serving(**changes: Any) -> Serving:
+    return parse_serving({"model": {"id": "m", "path": "/models/m"}} | changes)
+
+
+def test_only_what_is_set_reaches_vllm() -> None:
+    plain = engine_kwargs(serving())
+    assert "max_model_len" not in plain
+    assert "kv_cache_memory_bytes" not in plain
+    assert plain["enable_prompt_tokens_details"] is True
+    told = engine_kwargs(serving(engine={"kv_memory": "1MiB", "max_model_len": 9, "extra": {"seed": 3}}))
+    assert (told["kv_cache_memory_bytes"], told["max_model_len"], told["seed"]) == (2**20, 9, 3)
+
+
+def test_cpu_engines_get_their_threads_and_the_file_has_the_last_word() -> None:
+    cpu = environment(serving(resources={"omp_threads": 2}, environment={"HF_HUB_OFFLINE": 0}))
+    assert (cpu["OMP_NUM_THREADS"], cpu["VLLM_CPU_OMP_THREADS_BIND"], cpu["HF_HUB_OFFLINE"]) == ("2", "nobind", "0")
+    assert "OMP_NUM_THREADS" not in environment(serving(resources={"gpus": 1}))
+
+
+def test_a_replica_takes_its_workers_bundles_and_is_routed_by_our_router() -> None:
+    config = llm_config(
+        serving(resources={"cpus": 2, "gpus": 1, "tensor_parallel": 2}, router={"policy": "least-loaded", "chunk": 7}),
+        Path("/models/m"),
+    )
+    options = JengaServer.get_deployment_options(config)
+    assert options["placement_group_bundles"] == [{"GPU": 1, "CPU": 2}, {"GPU": 1, "CPU": 2}]
+    routing = options["request_router_config"]
+    assert routing["request_router_class"] is PrefixAffinityRouter
+    assert Policy(**routing["request_router_kwargs"]) == Policy(chunk=7, affinity=False)
+
+
+def test_build_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key 'modle'; did you mean 'model'"):
+        build({"modle": {}})
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/absent does not exist; `jenga demo-model absent` makes it"):
+        build({"model": {"id": "m", "path": str(tmp_path / "absent"), "demo": "absent"}})
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        build({"model": {"id": "m", "path": str(tmp_path)}})
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "code", "param", "shown"),
+    [
+        ("The model 'x' does not exist", 404, b'"model_not_found"', b"null", b"does not exist"),
+        ("maximum context length is 9 tokens", 400, b'"context_length_exceeded"', b"null", b"9 tokens"),
+        ("n must be at least 1 (parameter=n, value=0)", 400, b"null", b'"n"', b'least 1"'),
+    ],
+)
+def test_refusals_have_openais_form(message: str, status: int, code: bytes, param: bytes, shown: bytes) -> None:
+    response = refusal(message, status)
+    body = bytes(response.body)
+    assert response.status_code == status
+    assert b'"code":' + code in body
+    assert b'"param":' + param in body
+    assert shown in body
