@@ -56,6 +56,8 @@ def environment(outer: Mapping[str, str], ports: NodePorts, working_dir: str) ->
     inner = {key: value for key, value in outer.items() if key not in _FOREIGN}
     return inner | {
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray would demand a token of its clients as soon as one lies in the user's home, whoever put it there.
+        "RAY_AUTH_MODE": "disabled",
         "DO_NOT_TRACK": "1",
         # Two ports that `ray start` has no option for.
         "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),

@@ -37,9 +37,11 @@ def test_a_replica_takes_its_workers_bundles_and_is_routed_by_our_router() -> No
         serving(resources={"cpus": 2, "gpus": 1, "tensor_parallel": 2}, router={"policy": "least-loaded", "chunk": 7}),
         Path("/models/m"),
     )
-    options = JengaServer.get_deployment_options(config)
-    assert options["placement_group_bundles"] == [{"GPU": 1, "CPU": 2}, {"GPU": 1, "CPU": 2}]
-    routing = options["request_router_config"]
+    assert config.server_cls is JengaServer
+    # Not through `get_deployment_options`, which starts a Ray to ask it for its runtime environment.
+    assert config.get_engine_config().placement_bundles == [{"GPU": 1, "CPU": 2}, {"GPU": 1, "CPU": 2}]
+    assert config.deployment_config["ray_actor_options"] == {"num_cpus": 0}
+    routing = config.deployment_config["request_router_config"]
     assert routing["request_router_class"] is PrefixAffinityRouter
     assert Policy(**routing["request_router_kwargs"]) == Policy(chunk=7, affinity=False)
 

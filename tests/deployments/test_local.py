@@ -218,7 +218,9 @@ def test_ray_is_told_every_port_and_keeps_to_itself() -> None:
     assert line[line.index("--dashboard-host") + 1] == "127.0.0.1"
     assert line[line.index("--temp-dir") + 1] == "/tmp/x"
     assert "--block" in line
-    inner = environment({"RAY_ADDRESS": "other:6379", "PATH": "p", "PYTHONPATH": "mine"}, PORTS, "/src")
+    outer = {"RAY_ADDRESS": "other:6379", "RAY_AUTH_MODE": "token", "PATH": "p", "PYTHONPATH": "mine"}
+    inner = environment(outer, PORTS, "/src")
+    assert inner["RAY_AUTH_MODE"] == "disabled"
     assert "RAY_ADDRESS" not in inner
     assert inner["PATH"] == "p"
     assert inner["PYTHONPATH"] == "/src:mine"
