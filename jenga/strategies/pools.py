@@ -288,15 +288,21 @@ class ChunkedPool:
             raise ValueError(f"{shape.units} chunks, {self._reserved} of them reserved: none is left to grant")
         self._on_evict = on_evict
         self._runs = FreeRuns(self._reserved, shape.units)
+        self._gaps = FreeRuns(self._reserved, shape.units)  # between live pages: free, set aside or cached
         self._live: list[set[int]] = [set() for _ in shape.spans]
-        self._cached: list[dict[int, int]] = [{} for _ in shape.spans]
+        self._cached: list[set[int]] = [set() for _ in shape.spans]
         self._order: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._aside: list[list[int]] = [[] for _ in shape.spans]  # by `expect`
         self._evicted = [0] * len(shape.spans)
-        self._clock = 0
 
     @property
     def available(self) -> int:
-        return self._runs.free + sum(s * len(c) for s, c in zip(self._spans, self._cached, strict=True))
+        return self._free + sum(s * len(c) for s, c in zip(self._spans, self._cached, strict=True))
+
+    @property
+    def _free(self) -> int:
+        """Free chunks, those set aside included."""
+        return self._runs.free + sum(s * len(a) for s, a in zip(self._spans, self._aside, strict=True))
 
     def _check(self, group: int, page: int) -> None:
         if not 0 <= group < len(self._spans):
@@ -324,43 +330,59 @@ class ChunkedPool:
             return needed
         return needed if self._place(pages, pinned) else self.available + 1
 
+    def _wanted(self, pages: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(span, count, group) of what is asked, the longest spans first."""
+        groups = enumerate(zip(self._spans, pages, strict=True))
+        return sorted(((span, count, g) for g, (span, count) in groups if count), reverse=True)
+
     def _place(self, pages: Sequence[int], pinned: Sequence[set[int]]) -> bool:
-        """Whether the pages fit into the gaps between live (and pinned) pages.
-
-        First asks the free runs alone; only then those that evicting everything would give.
-        """
-        wanted = sorted(((s, n) for s, n in zip(self._spans, pages, strict=True) if n), reverse=True)
-        if not wanted or self._fill(wanted, self._runs.lengths()):
+        """Whether the pages fit into the gaps between live (and pinned) pages."""
+        wanted = [(span, count) for span, count, _ in self._wanted(pages)]
+        if self._runs.pack(wanted) is not None:
             return True
-        gaps = FreeRuns.copy_of(self._runs)
-        for group, cached in enumerate(self._cached):
-            for page in cached:
-                if page not in pinned[group]:
-                    gaps.give(page, self._spans[group])
-        return self._fill(wanted, gaps.lengths())
-
-    @staticmethod
-    def _fill(wanted: Sequence[tuple[int, int]], lengths: Iterable[int]) -> bool:
-        left = [n for _, n in wanted]
-        for length in lengths:
-            for i, (span, _) in enumerate(wanted):
-                take = min(left[i], length // span)
-                left[i] -= take
-                length -= take * span
-        return not any(left)
+        kept = [(page, span) for span, group in zip(self._spans, pinned, strict=True) for page in group]
+        for page, span in kept:
+            self._gaps.claim(page, span)
+        placed = self._gaps.pack(wanted)
+        for page, span in kept:
+            self._gaps.give(page, span)
+        return placed is not None
 
     def fits(self, pages: Sequence[int], pins: Sequence[Iterable[int]] = ()) -> bool:
         return self.large_pages_needed(pages, pins) <= self.available
 
     def tick(self) -> None:
-        self._clock += 1
+        """Nothing to do: pages are evicted in the order of their release."""
 
     def expect(self, pages: Sequence[int]) -> None:
-        """Nothing is set aside: a page of another group may take the gap, as in any such allocator."""
+        """Find room for what is announced, and set it aside, evicting as it must: later calls cannot spoil it."""
+        self._give_back()
+        wanted = self._wanted(pages)
+        needed = sum(span * count for span, count, _ in wanted)
+        while True:
+            enough = self._runs.free >= needed
+            placed = self._runs.pack([(span, count) for span, count, _ in wanted]) if enough else None
+            if placed is not None or not self._order:
+                break
+            self._evict(*next(iter(self._order)))
+        for (span, _, group), starts in zip(wanted, placed or [], strict=False):
+            for start in starts:
+                self._runs.claim(start, span)
+            self._aside[group] = starts
+
+    def _give_back(self) -> None:
+        for group, starts in enumerate(self._aside):
+            for start in starts:
+                self._runs.give(start, self._spans[group])
+        self._aside = [[] for _ in self._spans]
 
     def allocate(self, group: int, count: int) -> list[int]:
+        if not 0 <= group < len(self._spans) or count < 0:
+            raise PageError(f"cannot allocate {count} pages of group {group} of {len(self._spans)}")
         span = self._spans[group]
-        granted: list[int] = []
+        aside = self._aside[group]
+        granted = [aside.pop() for _ in range(min(count, len(aside)))]
+        own = len(granted)
         while len(granted) < count:
             start = self._runs.take(span)
             if start is not None:
@@ -368,13 +390,16 @@ class ChunkedPool:
             elif self._order:
                 self._evict(*next(iter(self._order)))
             else:
-                for page in granted:
+                for page in granted[own:]:
                     self._runs.give(page, span)
+                aside.extend(granted[:own])
                 raise OutOfPagesError(
                     f"group {group} asks for {count} pages of {span} adjacent chunks: {self._runs.free} chunks are "
                     f"free, but only {len(granted)} such runs"
                 )
         self._live[group].update(granted)
+        for page in granted:
+            self._gaps.claim(page, span)
         return granted
 
     def _evict(self, group: int, page: int) -> None:
@@ -384,24 +409,26 @@ class ChunkedPool:
             self._on_evict(group, page)
 
     def _drop(self, group: int, page: int) -> None:
-        del self._cached[group][page]
+        self._cached[group].remove(page)
         del self._order[group, page]
         self._runs.give(page, self._spans[group])
 
     def release(self, group: int, page: int, keep: bool) -> None:
         self._require(group, page, PageState.LIVE)
         self._live[group].remove(page)
+        self._gaps.give(page, self._spans[group])
         if keep:
-            self._cached[group][page] = self._clock
+            self._cached[group].add(page)
             self._order[group, page] = None
         else:
             self._runs.give(page, self._spans[group])
 
     def revive(self, group: int, page: int) -> None:
         self._require(group, page, PageState.CACHED)
-        del self._cached[group][page]
+        self._cached[group].remove(page)
         del self._order[group, page]
         self._live[group].add(page)
+        self._gaps.claim(page, self._spans[group])
 
     def forget(self, group: int, page: int) -> None:
         self._require(group, page, PageState.CACHED)
@@ -415,8 +442,8 @@ class ChunkedPool:
         return Usage(
             self._units,
             reserved=self._reserved,
-            free=self._runs.free,
-            evictable=self.available - self._runs.free,
+            free=self._free,
+            evictable=self.available - self._free,
             groups=groups,
         )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator, Sequence
 
 
 class FreeRuns:
@@ -14,38 +14,54 @@ class FreeRuns:
         self._start_before: dict[int, int] = {}  # end of a run -> its start
         self._starts: dict[int, dict[int, None]] = {}  # length -> starts
         self._lengths: list[int] = []  # sorted, each once
+        self._order: list[int] = []  # starts, sorted
         self.free = 0
         if end > first:
             self.give(first, end - first)
 
-    @classmethod
-    def copy_of(cls, other: FreeRuns) -> FreeRuns:
-        """An independent copy."""
-        runs = cls(0, 0)
-        runs._length_at = dict(other._length_at)
-        runs._start_before = dict(other._start_before)
-        runs._starts = {length: dict(starts) for length, starts in other._starts.items()}
-        runs._lengths = list(other._lengths)
-        runs.free = other.free
-        return runs
+    def _runs(self, least: int) -> Iterator[tuple[int, int]]:
+        """(start, length) of every run of at least `least` chunks, the shortest first."""
+        for length in self._lengths[bisect_left(self._lengths, least) :]:
+            for start in self._starts[length]:
+                yield start, length
 
-    def lengths(self) -> Iterator[int]:
-        """Length of every run, the shortest first."""
-        for length in self._lengths:
-            for _ in self._starts[length]:
-                yield length
+    def pack(self, wanted: Sequence[tuple[int, int]]) -> list[list[int]] | None:
+        """Places for ``wanted[i] = (span, count)``, spans falling: first chunks by `i`, or None if they do not all fit.
+
+        Fills one run after the other, with the longest spans first.  Takes nothing.
+        """
+        placed: list[list[int]] = [[] for _ in wanted]
+        missing = sum(count for _, count in wanted)
+        shortest = min((span for span, count in wanted if count), default=0)
+        for start, length in self._runs(shortest):
+            if not missing:
+                break
+            for (span, count), starts in zip(wanted, placed, strict=True):
+                number = min(count - len(starts), length // span)
+                starts.extend(range(start, start + number * span, span))
+                start += number * span
+                length -= number * span
+                missing -= number
+        return None if missing else placed
+
+    def claim(self, start: int, span: int) -> None:
+        """Take the chunks ``[start, start + span)``, which must be free."""
+        first = self._order[bisect_right(self._order, start) - 1]
+        length = self._length_at[first]
+        self._remove(first, length)
+        if start > first:
+            self._add(first, start - first)
+        if first + length > start + span:
+            self._add(start + span, first + length - start - span)
+        self.free -= span
 
     def take(self, span: int) -> int | None:
         """Take `span` adjacent chunks from the shortest run that has them; their first, or None."""
         at = bisect_left(self._lengths, span)
         if at == len(self._lengths):
             return None
-        length = self._lengths[at]
-        start = next(iter(self._starts[length]))
-        self._remove(start, length)
-        if length > span:
-            self._add(start + span, length - span)
-        self.free -= span
+        start = next(iter(self._starts[self._lengths[at]]))
+        self.claim(start, span)
         return start
 
     def give(self, start: int, span: int) -> None:
@@ -63,6 +79,7 @@ class FreeRuns:
         self._add(start, span)
 
     def _add(self, start: int, length: int) -> None:
+        insort(self._order, start)
         self._length_at[start] = length
         self._start_before[start + length] = start
         starts = self._starts.get(length)
@@ -73,6 +90,7 @@ class FreeRuns:
             starts[start] = None
 
     def _remove(self, start: int, length: int) -> None:
+        del self._order[bisect_left(self._order, start)]
         del self._length_at[start]
         del self._start_before[start + length]
         starts = self._starts[length]

@@ -44,7 +44,7 @@ def split(
     if sequences <= 0 or taken > memory_bytes:
         raise PlanError(
             f"{model}, strategy {strategy}: a fixed split of {memory_bytes} bytes leaves some layer type without a "
-            f"page (one of each takes {sum(strides)} bytes, tuned for {len(workload.tokens)} typical lengths); give more "
-            "memory or a higher --tp"
+            f"page (one of each takes {sum(strides)} bytes); give more memory, a higher --tp, or shorter typical "
+            "sequences"
         )
     return Partitions(slots, tuple(strides), nulls)
