@@ -3,7 +3,7 @@
 from math import lcm
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jenga.hits import GroupCache, Hit, longest_common_hit
@@ -107,6 +107,7 @@ def mixes(draw):
     return groups, limit, multiple and multiple * lcm(*sizes)
 
 
+@settings(max_examples=400)
 @given(mixes())
 def test_common_hit_is_the_largest_length_valid_for_all(case):
     groups, limit, alignment = case
@@ -127,6 +128,12 @@ def test_common_hit_names_who_limits_it():
     assert longest_common_hit([full, state], 27) == Hit(tokens=16, furthest=24, limited_by=1)
     assert longest_common_hit([full, state], 19) == Hit(tokens=16, furthest=16, limited_by=None)
     assert longest_common_hit([], 19) == Hit(0, 0, None)
+
+
+def test_a_group_is_asked_again_when_another_lowered_the_length():
+    first = GroupCache(RecurrentState(), 4, [True, False, True].__getitem__)
+    second = GroupCache(RecurrentState(), 4, [True, True, False].__getitem__)
+    assert longest_common_hit([first, second], 12) == Hit(tokens=4, furthest=12, limited_by=0)
 
 
 def test_alignment_must_suit_every_page_size():

@@ -47,6 +47,8 @@ HITS = [
     (CrossAttention(IMAGES), "xxx...", {0, 3, 4}),
     (CrossAttention(IMAGES), "x.xxxx", {0}),
     (CrossAttention(), "...", {0, 1, 2, 3}),
+    # An image that begins and ends at page boundaries is cut by neither.
+    (CrossAttention(((4, 12),)), ".xx.", {0, 1, 3, 4}),
     (CrossAttention(((6, 8),)), "....", {0, 1}),
     (Scratch(), "...", {0, 1, 2, 3}),
     (VisionEmbedding(IMAGES), "......", {0, 1, 2, 3, 4, 5, 6}),
