@@ -55,15 +55,16 @@ def main() -> None:
     core = llm.llm_engine.engine_core.engine_core
     manager = core.scheduler.kv_cache_manager
     jenga = type(manager.coordinator).__module__.startswith("jenga.")
-    checks = 0
+    checks = peak_running = 0
     if jenga and spec.get("check"):
         schedule = core.scheduler.schedule
 
         def checked_schedule(*args: Any, **kwargs: Any) -> Any:
-            nonlocal checks
+            nonlocal checks, peak_running
             output = schedule(*args, **kwargs)
             manager.coordinator.check()
             checks += 1
+            peak_running = max(peak_running, len(core.scheduler.running))
             return output
 
         core.scheduler.schedule = checked_schedule
@@ -83,6 +84,7 @@ def main() -> None:
         "kv_bytes": manager.kv_cache_config.kv_cache_tensors[0].size,
         "groups": [len(g.layer_names) for g in manager.kv_cache_config.kv_cache_groups],
         "checks": checks,
+        "peak_running": peak_running,
     }
     if jenga:
         coordinator = manager.coordinator

@@ -34,7 +34,7 @@ def recall_prompts(model: Path, tables: int, pairs: int, length: int) -> tuple[l
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     given, wanted = [], []
-    for start in (0.0, 0.3, 0.6):
+    for start in (0.0, 0.1, 0.2):
         for seed in range(tables):
             asked = recall.table(seed, pairs).ask(int(start * pairs) + seed, "!")
             given.append(list(tokenizer.apply_chat_template(asked.messages, add_generation_prompt=True)["input_ids"]))
