@@ -42,8 +42,16 @@ def choose_grouping(types: Sequence[LayerGroup], memory_bytes: int, divisible: S
         jenga.layout.LayoutError: no types, or a type without bytes.
     """
     numbers = divisible or [t.layers for t in types]
-    candidates = (_assess(types, parts, memory_bytes) for parts in product(*(_divisors(n) for n in numbers)))
-    return min(candidates, key=lambda c: c.overhead + GROUP_COST * len(c.layout.groups))
+    best: Grouping | None = None
+    for parts in sorted(product(*(_divisors(n) for n in numbers)), key=sum):
+        # From here on the block tables alone cost more.
+        if best is not None and GROUP_COST * sum(parts) >= _cost(best):
+            break
+        candidate = _assess(types, parts, memory_bytes)
+        if best is None or _cost(candidate) < _cost(best):
+            best = candidate
+    assert best is not None  # one group per type is always a candidate
+    return best
 
 
 def cut(group: LayerGroup, parts: int) -> list[LayerGroup]:
@@ -65,6 +73,10 @@ def cut(group: LayerGroup, parts: int) -> list[LayerGroup]:
         )
         for i in range(parts)
     ]
+
+
+def _cost(grouping: Grouping) -> float:
+    return grouping.overhead + GROUP_COST * sum(grouping.parts)
 
 
 def _divisors(number: int) -> Iterator[int]:

@@ -102,7 +102,7 @@ def padded_layouts(groups: Sequence[LayerGroup]) -> Iterable[tuple[int, list[int
     """Candidate (large page bytes, ratios) with every page padded by at most `MAX_PADDING`.
 
     A large page must be a multiple of every ratio, so unlike ratios inflate it: 375, 1,309 and 13,000 have a least
-    common multiple of 510 million, 368, 1,280 and 12,800 one of 294,400.  So ratios are also tried a little rounder.
+    common multiple of 51 million, 368, 1,280 and 12,800 one of 294,400.  So ratios are also tried a little rounder.
     """
     strides = [_round_up(g.page_bytes, g.alignment) for g in groups]
     biggest = max(strides)
