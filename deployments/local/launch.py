@@ -445,9 +445,17 @@ def _report(running: Record, answer: Answer, progress: Progress) -> None:
         f"\nREST       {running.url}/v1\n"
         f"metrics    {running.metrics_url}\n"
         f"dashboard  {running.dashboard_url}\n"
-        f"stop       jenga stop",
+        f"stop       {_this_program()} stop",
         highlight=False,
     )
+
+
+def _this_program() -> str:
+    """`jenga` as this shell finds it: its path when the environment is not on PATH."""
+    called = Path(sys.argv[0])
+    if called.name != "jenga" or shutil.which("jenga") == str(called.absolute()):
+        return "jenga"
+    return os.path.relpath(called) if called.is_relative_to(Path.cwd()) else str(called)
 
 
 def _keep_logs(running: Record, console: Console) -> None:
