@@ -72,15 +72,29 @@ class Match:
 _FAR = 1 << 40  # tokens; longer than any sequence
 
 
+@dataclass(frozen=True)
+class Table:
+    """What a request holds in one group."""
+
+    reading: int
+    """First token that the step under way computes: what it reads is needed until `PrefixCache.end_step`."""
+    computed: int
+    """Tokens whose memory is written, when that step is done."""
+    image_tokens: int
+    pages: Mapping[int, int]
+    """Index in the sequence -> small page."""
+
+
 class _Sequence:
     """One request's block tables."""
 
-    __slots__ = ("boundaries", "computed", "dropped", "ends", "image_tokens", "keep", "keys", "pages")
+    __slots__ = ("boundaries", "computed", "dropped", "ends", "image_tokens", "keep", "keys", "pages", "reading")
 
     def __init__(self, keys: Keys, computed: int, match: Match, ends: list[int], image_tokens: int) -> None:
         self.keys = keys
         self.image_tokens = image_tokens
         self.computed = computed
+        self.reading = computed  # the first token that the step under way computes
         self.pages = [dict(held) for held in match.pages]
         self.ends = ends  # per group, the first page index not allocated yet
         self.dropped = [0] * len(ends)  # per group, pages before this index have been dropped
@@ -153,10 +167,10 @@ class PrefixCache:
         """
         return dict(self._require(request).pages[group])
 
-    def tables(self, group: int) -> Iterator[tuple[int, int, Mapping[int, int]]]:
-        """Computed tokens, image tokens, and pages held in `group`, of every request."""
+    def tables(self, group: int) -> Iterator[Table]:
+        """The block tables of all requests in `group`."""
         for sequence in self._sequences.values():
-            yield sequence.computed, sequence.image_tokens, sequence.pages[group]
+            yield Table(sequence.reading, sequence.computed, sequence.image_tokens, sequence.pages[group])
 
     def lookup(self, keys: Keys, limit_tokens: int) -> Match:
         """The longest prefix of at most `limit_tokens` tokens that can be resumed.  No side effects."""
@@ -238,10 +252,13 @@ class PrefixCache:
         return min((b for b in sequence.boundaries if sequence.computed < b < tokens), default=tokens)
 
     def live_use(self) -> Iterator[LiveUse]:
-        """Pages that are held, but not needed or not full (those not named are both)."""
+        """Pages that are held, but neither needed by the step under way nor later, or not full.
+
+        Those not named are both.
+        """
         for sequence in self._sequences.values():
             for g, group in enumerate(self.groups):
-                first = self._resident(g, sequence.computed)
+                first = self._resident(g, sequence.reading)
                 stale = 0
                 if first > sequence.dropped[g]:
                     refs = self._refs[g]
@@ -325,6 +342,7 @@ class PrefixCache:
         for request in self._grown:
             sequence = self._sequences.get(request)
             if sequence is not None:
+                sequence.reading = sequence.computed
                 for g in range(len(self.groups)):
                     self._drop(g, sequence)
         self._grown.clear()
@@ -343,6 +361,7 @@ class PrefixCache:
                 f"its pages end at {self.room(request)}"
             )
         self._write(sequence, tokens)
+        sequence.reading = tokens
 
     def release(self, request: Hashable) -> None:
         """`request` has ended or is preempted: give its pages back; what is indexed stays cached.

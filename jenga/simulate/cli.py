@@ -117,6 +117,8 @@ def _run(
     cost = _step_cost(step_cost)
     served = _trace(trace, rate, requests, seed, spec.image_tokens)
     names = list(STRATEGIES) if strategy == "all" else [name.strip() for name in strategy.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter(f"--strategy {strategy!r} names none; known: {', '.join(STRATEGIES)}, all")
     plans = [plan_for(name, spec.name, types, memory_bytes, served) for name in names]
     plans.append(exact_plan(spec.name, types, memory_bytes))
     limits = Limits(batched_tokens=batched_tokens, sequences=max_sequences)

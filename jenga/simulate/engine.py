@@ -178,7 +178,7 @@ class Simulation:
     def _admit(self, request: _Request, budget: int) -> int | None:
         """Start the head of the queue; returns the tokens of its first chunk, None if it does not fit."""
         trace, cache = request.trace, self.cache
-        if self._blocked is not None:
+        if self._blocked is not None and self._running:
             releases, needs = self._blocked
             # Asking what it needed last, without pins, spares most of the lookups of a request that waits.
             if cache.releases == releases or not cache.pool.fits(needs):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jenga.layers import pages_held
+from jenga.layers import Counts, pages_held
 from jenga.metrics import memory_snapshot
 from jenga.prefix_cache import PrefixCache
 from jenga.strategies import Plan
@@ -136,11 +136,15 @@ def bytes_by_cause(plan: Plan, cache: PrefixCache) -> dict[str, int]:
             if share.type.policy == place.group.policy and share.type.counts == plan.counts[g]:
                 continue
             unneeded: set[int] = set()
-            for computed, image_tokens, pages in cache.tables(g):
-                length = share.type.counts.length(computed, image_tokens)
-                over = len(pages) - pages_held(share.type.policy, length, size)
+            for table in cache.tables(g):
+                length = share.type.counts.length(table.computed, table.image_tokens)
+                needed = pages_held(share.type.policy, length, size)
+                if share.type.counts is not Counts.IMAGES:  # the step under way still reads what slides out
+                    first = share.type.policy.resident_from
+                    needed += first(table.computed, size) - first(table.reading, size)
+                over = len(table.pages) - needed
                 # Which of the pages are not needed depends on the type; the first ones stand for them.
-                unneeded.update(page for page, _ in zip(pages.values(), range(over), strict=False))
+                unneeded.update(page for page, _ in zip(table.pages.values(), range(over), strict=False))
             moved = min(causes["needed"], len(unneeded) * share.type.page_bytes(size) * share.layers)
             causes["needed"] -= moved
             causes["droppable"] += moved

@@ -1,0 +1,271 @@
+"""Every model of the zoo under every strategy, on short chat and on Mooncake's conversations, with memory short.
+
+python benchmarks/zoo.py --trace mooncake_conversation.jsonl [--models a,b] [--strategies a,b] [--jobs 2]
+
+Each model gets the memory in which exact bytes would hold `--resident` Mooncake requests (short chat: at most 400
+requests).  Prints the tables, then every target that is missed, and writes all results to --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from jenga.bound import RequestSize, residency_bound
+from jenga.layers import LayerType
+from jenga.models import known_models, load_model
+from jenga.simulate import (
+    Limits,
+    SimulationResult,
+    StepCost,
+    dense_bytes_per_token,
+    exact_plan,
+    hit_bound,
+    plan_for,
+    simulate,
+)
+from jenga.strategies import STRATEGIES, PlanError
+from jenga.traces import TraceRequest, arrivals, chat, read_mooncake
+
+CONTROL = "llama-3.1-8b"
+CHAT_RESIDENT = 400
+
+PARAMETERS: dict[str, tuple[float, float]] = {
+    "character-70b": (70, 70),
+    "falcon-h1-34b": (34, 34),
+    "gemma-2-27b": (27, 27),
+    "gemma-2-27b-2b": (29, 29),
+    "gemma-3-1b": (1, 1),
+    "gemma-3-27b": (27, 27),
+    "glm-5.3-flash": (30, 3),
+    "gpt-oss-120b": (117, 5.1),
+    "granite-4-small": (32, 9),
+    "jamba-1.5-mini": (52, 12),
+    "kimi-linear-48b": (48, 3),
+    "llama-3.1-8b": (8, 8),
+    "llama-3.2-11b-vision": (11, 11),
+    "llama-4-scout": (109, 17),
+    "mimo-v2-flash": (309, 15),
+    "ministral-8b": (8, 8),
+    "nemotron-h-8b": (8, 8),
+    "qwen3-next-80b": (80, 3),
+}
+"""Billions of parameters: all, and those active for one token (rounded; they only set the time of a step)."""
+
+PAPER_GAINS: dict[str, tuple[float, float, float | None]] = {
+    "llama-3.2-11b-vision": (2.67 / 1.56, 2.67 / 1.75, 2.67 / 1.60),
+    "gemma-3-27b": (0.25 / 0.18, 0.25 / 0.19, 0.25 / 0.20),
+    "ministral-8b": (0.304 / 0.202, 0.304 / 0.198, None),
+    "llama-4-scout": (1.16 / 0.67, 1.16 / 0.76, 1.16 / 0.81),
+    "jamba-1.5-mini": (10.38 / 7.47, 10.38 / 9.52, 10.38 / 7.47),
+    "character-70b": (1.95 / 1.2, 1.95 / 1.3, 1.95 / 1.73),
+    "llama-3.1-8b": (9.21 / 9.23, 9.21 / 9.24, 9.21 / 9.23),
+}
+"""JENGA, SOSP'25, H100: requests per second over PagedAttention, MAX and static."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one trace."""
+
+    model: str
+    trace: str
+    strategies: tuple[str, ...]
+    resident: int
+    requests: int
+    mooncake: Path | None
+
+
+def sizes(trace: Iterable[TraceRequest]) -> list[RequestSize]:
+    """Lengths half way through the answers."""
+    return [RequestSize(r.prompt_tokens + r.output_tokens // 2, r.image_tokens) for r in trace]
+
+
+def mean_bytes(types: Sequence[LayerType], trace: Iterable[TraceRequest]) -> float:
+    """Bytes of a request of the trace, spent exactly."""
+    return residency_bound(types, sizes(trace), 1).mean_bytes
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Simulate one case under all its strategies."""
+    spec = load_model(case.model)
+    types = spec.layer_types()
+    short = list(chat(2000, image_tokens=spec.image_tokens))
+    long = list(read_mooncake(case.mooncake, 2000)) if case.mooncake else short
+    memory = int(case.resident * mean_bytes(types, long))
+    if case.trace == "chat":
+        memory = min(memory, int(CHAT_RESIDENT * mean_bytes(types, short)))
+        bound = memory / mean_bytes(types, short)
+        served = list(chat(max(1000, int(6 * bound)), image_tokens=spec.image_tokens))
+    else:
+        served = list(islice(long, case.requests))
+    served = list(arrivals(served, None))
+    billions, active = PARAMETERS.get(case.model, (8.0, 8.0))
+    cost = StepCost(weight_bytes=2e9 * billions / spec.tp, active_parameters=1e9 * active / spec.tp)
+    results: dict[str, Any] = {}
+    for strategy in (*case.strategies, "exact"):
+        start = time.perf_counter()
+        try:
+            plan = (
+                exact_plan(spec.name, types, memory)
+                if strategy == "exact"
+                else plan_for(strategy, spec.name, types, memory, served)
+            )
+        except PlanError as error:
+            results[strategy] = {"error": str(error)}
+            continue
+        result: SimulationResult = simulate(plan, types, served, cost=cost, limits=Limits(sequences=4096))
+        kept = result.to_dict()
+        del kept["samples"]
+        kept["wall_s"] = time.perf_counter() - start
+        kept["ratios"] = list(plan.layout.ratios)
+        kept["large_page_bytes"] = plan.large_page_bytes
+        results[strategy] = kept
+    clairvoyant = hit_bound(served, dense_bytes_per_token(types), memory)
+    return {
+        "model": case.model,
+        "trace": case.trace,
+        "memory_bytes": memory,
+        "bound_requests": residency_bound(types, sizes(served), memory).requests,
+        "clairvoyant_hits": clairvoyant.limited,
+        "unlimited_hits": clairvoyant.unlimited,
+        "prompt_tokens": sum(r.prompt_tokens for r in served),
+        "results": results,
+    }
+
+
+def misses(case: dict[str, Any]) -> list[str]:
+    """Targets that `jenga` misses in a case."""
+    results = {name: r for name, r in case["results"].items() if "error" not in r}
+    jenga, exact, vllm = results["jenga"], results["exact"], results.get("vllm")
+    found = []
+    if jenga["waste"] > 0.02:
+        causes = ", ".join(f"{c} {jenga['steady'][c]:.2%}" for c in ("padding", "stranded", "droppable", "reserved"))
+        found.append(f"waste {jenga['waste']:.2%} of the buffer, target 2 % ({causes}; exact {exact['waste']:.2%})")
+    if jenga["resident_mean"] < 0.97 * exact["resident_mean"]:
+        idle = jenga["steady"]["cached"] - exact["steady"]["cached"]
+        found.append(
+            f"resident {jenga['resident_mean'] / exact['resident_mean']:.1%} of the bound, target 97 % (cached pages "
+            f"beside live ones, of no use to other layer types: {idle:.1%} of the buffer more than the bound has; "
+            f"large pages of {jenga['large_page_bytes'] / 2**20:.1f} MiB)"
+        )
+    for other in results:
+        if other not in ("jenga", "exact") and jenga["waste"] > results[other]["waste"] + 0.0005:
+            found.append(f"waste {jenga['waste']:.2%}, {other} has {results[other]['waste']:.2%}")
+    if vllm is not None:
+        if jenga["resident_mean"] < vllm["resident_mean"] * 0.995:
+            found.append(f"resident {jenga['resident_mean']:.1f}, vllm has {vllm['resident_mean']:.1f}")
+        if jenga["hit_tokens"] < vllm["hit_tokens"]:
+            found.append(f"hit tokens {jenga['hit_tokens']:,}, vllm has {vllm['hit_tokens']:,}")
+        if case["model"] == CONTROL and abs(jenga["requests_per_s"] / vllm["requests_per_s"] - 1) > 0.005:
+            found.append(f"control: {jenga['requests_per_s']:.3f} requests/s, vllm {vllm['requests_per_s']:.3f}")
+    return found
+
+
+def table(title: str, names: Sequence[str]) -> Table:
+    """A plain table whose first column is text."""
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, name in enumerate(names):
+        made.add_column(name, justify="right" if i else "left", no_wrap=True)
+    return made
+
+
+def report(console: Console, cases: Sequence[dict[str, Any]], strategies: Sequence[str]) -> None:
+    """Print all tables."""
+
+    def each(case: dict[str, Any], show: Any) -> list[str]:
+        return ["no plan" if "error" in case["results"][s] else show(case["results"][s]) for s in strategies]
+
+    for trace in dict.fromkeys(c["trace"] for c in cases):
+        chosen = [c for c in cases if c["trace"] == trace]
+        residency = table(
+            f"{trace}: requests resident, % of the bound", ("model", "memory", "bound", *strategies, "bound/vllm")
+        )
+        waste = table(f"{trace}: waste other than page tails, % of the buffer", ("model", *strategies, "jenga's tails"))
+        hits = table(
+            f"{trace}: hit tokens, thousands", ("model", "steps: vllm", "jenga", *strategies, "exact", "clairvoyant")
+        )
+        gains = table(
+            f"{trace}: requests/s of jenga over others [JENGA paper, H100]",
+            ("model", "paged", "[paper]", "max", "[paper]", "static", "[paper]", "vllm"),
+        )
+        for case in chosen:
+            results = case["results"]
+            exact = results["exact"]
+            vllm = results.get("vllm", {})
+            residency.add_row(
+                case["model"],
+                f"{case['memory_bytes'] / 2**30:.1f} GiB",
+                f"{exact['resident_mean']:.1f}",
+                *each(case, lambda r, e=exact: f"{100 * r['resident_mean'] / e['resident_mean']:.1f}"),
+                f"{exact['resident_mean'] / vllm['resident_mean']:.2f}" if "resident_mean" in vllm else "-",
+            )
+            waste.add_row(
+                case["model"],
+                *each(case, lambda r: f"{100 * r['waste']:.2f}"),
+                f"{100 * results['jenga']['steady']['tail']:.2f}",
+            )
+            hits.add_row(
+                case["model"],
+                str(vllm.get("hit_granularity", "-")),
+                str(results["jenga"]["hit_granularity"]),
+                *each(case, lambda r: f"{r['hit_tokens'] / 1000:,.0f}"),
+                f"{exact['hit_tokens'] / 1000:,.0f}",
+                f"{case['clairvoyant_hits'] / 1000:,.0f}",
+            )
+            row = [case["model"]]
+            paper = PAPER_GAINS.get(case["model"], (None, None, None))
+            for other, printed in zip(("paged", "max", "static", "vllm"), (*paper, None), strict=True):
+                theirs = results.get(other, {}).get("requests_per_s")
+                row.append(f"{results['jenga']['requests_per_s'] / theirs:.2f}" if theirs else "-")
+                if other != "vllm":
+                    row.append(f"[{printed:.2f}]" if printed else "")
+            gains.add_row(*row)
+        for made in (residency, waste, hits, gains) if trace != "chat" else (residency, waste, gains):
+            console.print(made)
+    console.print("Targets missed by jenga:")
+    for case in cases:
+        for miss in misses(case):
+            console.print(f"  {case['model']}, {case['trace']}: {miss}", soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, help="Mooncake's conversation trace; without it only short chat is run")
+    parser.add_argument("--models", default=",".join(known_models()))
+    parser.add_argument("--strategies", default=",".join(STRATEGIES))
+    parser.add_argument("--resident", type=int, default=24, help="Mooncake requests that exact bytes would hold")
+    parser.add_argument("--requests", type=int, default=500, help="Mooncake requests served")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=Path("results/zoo.json"))
+    options = parser.parse_args()
+    strategies = tuple(options.strategies.split(","))
+    cases = [
+        Case(model, trace, strategies, options.resident, options.requests, options.trace)
+        for trace in (("chat", "mooncake") if options.trace else ("chat",))
+        for model in options.models.split(",")
+    ]
+    console = Console(width=150)
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        done = list(track(pool.imap(run_case, cases), total=len(cases), description="simulating", console=console))
+    report(console, done, strategies)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(done, indent=1))
+    console.print(f"wrote {options.json}")
+
+
+if __name__ == "__main__":
+    main()
