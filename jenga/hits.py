@@ -35,6 +35,10 @@ class Hit:
     """Index of the group that lowered the length last; None if only the prompt's own length ended it."""
 
 
+def _nothing(_: int) -> bool:
+    return False
+
+
 def longest_common_hit(groups: Sequence[GroupCache], limit_tokens: int, alignment: int | None = None) -> Hit:
     """Longest prefix of at most `limit_tokens` tokens that every group can resume.
 
@@ -61,9 +65,11 @@ def longest_common_hit(groups: Sequence[GroupCache], limit_tokens: int, alignmen
         group = groups[index]
         size = group.page_tokens
         found = size * group.policy.longest_hit(length // size, group.cached, size, align // size)
-        furthest = max(furthest, found)
+        # Layer types that would accept with nothing cached (scratch memory, embeddings) prove nothing.
+        if found > furthest and not group.policy.usable(found // size, _nothing, size):
+            furthest = found
         if found < length:
             length, limited_by, accepted = found, index, 0
         accepted += 1
         index = (index + 1) % len(groups)
-    return Hit(length, furthest, limited_by)
+    return Hit(length, max(length, furthest), limited_by)

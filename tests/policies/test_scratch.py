@@ -22,4 +22,7 @@ def test_never_cached_and_never_in_the_way() -> None:
     assert policy.longest_hit(7, lambda _: False, 16, stride=2) == 6
     full = GroupCache(FullAttention(), 16, lambda page: page < 3)
     scratch = GroupCache(policy, 16, lambda _: False)
-    assert longest_common_hit([full, scratch], 100).tokens == 48
+    for groups in ([full, scratch], [scratch, full]):
+        hit = longest_common_hit(groups, 100)
+        assert hit.tokens == 48
+        assert hit.furthest == 48, "memory that is never cached cannot tell what was computed before"
