@@ -439,7 +439,14 @@ def test_ctrl_c_while_starting_leaves_nothing(tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(configuration(port)))
     script = Path(sys.executable).parent / "jenga"
     line = [str(script), "serve", str(config), "--dashboard-port", str(dashboard), "--metrics-port", str(metrics)]
-    start = subprocess.Popen(line, env=os.environ | {"JENGA_STATE_DIR": str(state)}, stdout=subprocess.PIPE, text=True)
+    start = subprocess.Popen(
+        line,
+        env=os.environ | {"JENGA_STATE_DIR": str(state)},
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background job starts with SIGINT ignored, and the tests may be run by one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 60
     while (record := read(state)) is None:
         assert time.monotonic() < end
