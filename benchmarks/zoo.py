@@ -28,7 +28,6 @@ from jenga.layers import LayerType
 from jenga.models import known_models, load_model
 from jenga.simulate import (
     Limits,
-    SimulationResult,
     StepCost,
     dense_bytes_per_token,
     exact_plan,
@@ -86,6 +85,7 @@ class Case:
     resident: int
     requests: int
     mooncake: Path | None
+    growth_pages: int = 0
 
 
 def sizes(trace: Iterable[TraceRequest]) -> list[RequestSize]:
@@ -126,7 +126,8 @@ def run_case(case: Case) -> dict[str, Any]:
         except PlanError as error:
             results[strategy] = {"error": str(error)}
             continue
-        result: SimulationResult = simulate(plan, types, served, cost=cost, limits=Limits(sequences=4096))
+        limits = Limits(sequences=4096, growth_pages=case.growth_pages)
+        result = simulate(plan, types, served, cost=cost, limits=limits)
         kept = result.to_dict()
         del kept["samples"]
         kept["wall_s"] = time.perf_counter() - start
@@ -249,12 +250,13 @@ def main() -> None:
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--resident", type=int, default=24, help="Mooncake requests that exact bytes would hold")
     parser.add_argument("--requests", type=int, default=500, help="Mooncake requests served")
+    parser.add_argument("--growth-pages", type=int, default=0, help="pages left at admission for each running request")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, default=Path("results/zoo.json"))
     options = parser.parse_args()
     strategies = tuple(options.strategies.split(","))
     cases = [
-        Case(model, trace, strategies, options.resident, options.requests, options.trace)
+        Case(model, trace, strategies, options.resident, options.requests, options.trace, options.growth_pages)
         for trace in (("chat", "mooncake") if options.trace else ("chat",))
         for model in options.models.split(",")
     ]

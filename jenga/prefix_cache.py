@@ -202,12 +202,11 @@ class PrefixCache:
 
         `chunk` is the most tokens computed at once: windows slide only between chunks.
         """
-        boundaries = self._boundaries(match.hit, tokens)
         needs = []
         for g, (group, held) in enumerate(zip(self.groups, match.pages, strict=True)):
             size = group.page_tokens
-            if not group.policy.token_pages:  # the state; while it leaves one behind at a boundary, both
-                needs.append(2 if boundaries and not held and self.shared[g] else 1)
+            if not group.policy.token_pages:
+                needs.append(1)
                 continue
             # The last chunk may start anywhere in a page.
             start = max(match.hit.tokens, tokens - chunk - size + 1)
@@ -216,14 +215,19 @@ class PrefixCache:
             needs.append(self._end(g, tokens, image_tokens) - first - kept)
         return needs
 
-    def fits(self, match: Match, tokens: int, chunk: int, image_tokens: int = 0) -> bool:
+    def fits(self, match: Match, tokens: int, chunk: int, image_tokens: int = 0, growth: int = 0) -> bool:
         """Whether a sequence of `tokens` tokens has room now, with the pages of `match` held.
 
+        `growth` is the number of pages to leave over in every group that grows with the text, for running requests.
         Exact for the first chunk.  Windows that slide may leave large pages partly used, so a later chunk can still
         find no page although nothing else was admitted.
         """
         pins = [list(held.values()) for held in match.pages]
-        return self.pool.fits(self.needs(match, tokens, chunk, image_tokens), pins)
+        needs = self.needs(match, tokens, chunk, image_tokens)
+        for g in self._text:
+            if self.groups[g].policy.token_pages:
+                needs[g] += growth
+        return self.pool.fits(needs, pins)
 
     def room(self, request: Hashable) -> int:
         """Length in tokens up to which `request` can grow in the pages it holds.
@@ -318,7 +322,7 @@ class PrefixCache:
         new = [self._new_pages(g, sequence, tokens) for g in range(len(self.groups))]
         counts = [len(indices) for indices in new]
         if any(counts):
-            if not self.pool.fits(counts):
+            if not self.pool.fits(counts) and not self._give_up_checkpoints(sequence, new, counts):
                 raise OutOfPagesError(
                     f"request {request!r} needs {counts} more pages for {tokens} tokens, "
                     f"{self.pool.available} large pages are available"
@@ -424,6 +428,24 @@ class PrefixCache:
         if self.groups[g].policy.token_pages:
             return range(sequence.ends[g], self._end(g, tokens, sequence.image_tokens))
         return () if self._running_state(g, sequence) is not None else ((tokens - 1) // size,)
+
+    def _give_up_checkpoints(self, sequence: _Sequence, new: list[Sequence[int]], counts: list[int]) -> bool:
+        """If that makes room, let states move on in their pages although hits could use what those hold now.
+
+        So a state kept for later requests never costs a running one its place.
+        """
+        own: dict[int, int] = {}
+        for g, indices in enumerate(new):
+            if indices and not self.groups[g].policy.token_pages:
+                own.update((g, page) for page in sequence.pages[g].values() if self._refs[g][page] == 1)
+        fewer = [0 if g in own else count for g, count in enumerate(counts)]
+        if not own or not self.pool.fits(fewer):
+            return False
+        for g, page in own.items():
+            del self._index[g][self._key[g].pop(page)]
+            new[g] = ()
+        counts[:] = fewer
+        return True
 
     def _running_state(self, g: int, sequence: _Sequence) -> int | None:
         """Index under which a state is held that may be overwritten: one that no hit can use."""

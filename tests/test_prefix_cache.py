@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jenga.allocator import OutOfPagesError, PageState, TwoLevelAllocator
+from jenga.allocator import EvictCallback, OutOfPagesError, PageState, TwoLevelAllocator
 from jenga.policies import FullAttention, LayerPolicy, RecurrentState, SlidingWindow
 from jenga.prefix_cache import PrefixCache, RequestError, UnknownRequestError
 from jenga.traces import TraceRequest
@@ -46,9 +46,16 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(model=st.sampled_from(sorted(MODELS)), pages=st.integers(8, 40))
     def start(self, model: str, pages: int) -> None:
         self.groups, ratios = MODELS[model]
-        self.cache = PrefixCache(
-            self.groups, lambda evicted: TwoLevelAllocator(pages, ratios, reserved=1, on_evict=evicted)
-        )
+        self.evicted: set[tuple[int, int]] = set()
+
+        def pool(evict: EvictCallback) -> TwoLevelAllocator:
+            def record(group: int, page: int) -> None:
+                self.evicted.add((group, page))
+                evict(group, page)
+
+            return TwoLevelAllocator(pages, ratios, reserved=1, on_evict=record)
+
+        self.cache = PrefixCache(self.groups, pool)
         self.pool: TwoLevelAllocator = self.cache.pool  # type: ignore[assignment]
         self.contents: dict[tuple[int, int], object] = {}
         self.requests: dict[int, tuple[TraceRequest, list[list[int]], int]] = {}
@@ -84,11 +91,15 @@ class CacheMachine(RuleBasedStateMachine):
 
     def grow(self, serial: int, tokens: int) -> None:
         before = self.cache.computed(serial)
-        indexed = tuple(set(index.values()) for index in self.cache.snapshot_index())
-        live = {(g, p) for r in self.requests for g in range(len(self.groups)) for p in self.cache.pages(r, g).values()}
+        indexed = self.cache.snapshot_index()
+        self.evicted.clear()
         self.cache.grow(serial, tokens)
-        still = tuple({p for p in pages if (g, p) in live} for g, pages in enumerate(indexed))
-        self.write(serial, before, tokens, still)  # what was only cached may have been evicted for this
+        after = self.cache.snapshot_index()
+        still = tuple(  # not evicted for this, nor given up
+            {page for key, page in old.items() if new.get(key) == page and (g, page) not in self.evicted}
+            for g, (old, new) in enumerate(zip(indexed, after, strict=True))
+        )
+        self.write(serial, before, tokens, still)
         self.cache.end_step()
 
     # -- rules ----------------------------------------------------------------------------------------------
@@ -208,3 +219,21 @@ CacheMachine.TestCase.settings = settings(
     max_examples=150, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestCacheMachine = CacheMachine.TestCase
+
+
+def test_a_checkpoint_gives_way_to_the_request_that_made_it() -> None:
+    """With room for one state only, the state moves on; with room for two, one stays for the next request."""
+    groups, _ = MODELS["state"]
+    for large_pages, hit in ((4, 0), (5, 24)):
+        cache = PrefixCache(groups, lambda evicted, n=large_pages: TwoLevelAllocator(n, [1, 6], on_evict=evicted))
+        trace = request(1, 0, 30, 0)
+        keys = [trace.keys(g.page_tokens) for g in groups]
+        match = cache.lookup(keys, 29)
+        assert cache.fits(match, 30, 64)
+        cache.admit(1, keys, match, 30)
+        assert cache.next_stop(1, 30) == 24
+        for tokens in (24, 30):
+            cache.grow(1, tokens)
+            cache.end_step()
+        cache.release(1)
+        assert cache.lookup(keys, 29).hit.tokens == hit

@@ -36,6 +36,9 @@ class Limits:
     batched_tokens: int = 8192
     sequences: int = 1024
     prefix_caching: bool = True
+    growth_pages: int = 0
+    """Pages, per running request and group, that an admission must leave for running requests to grow into.  None in
+    vLLM, whose blocks of hundreds of tokens on hybrid models come with such a reserve by accident."""
 
 
 class _Request:
@@ -191,7 +194,8 @@ class Simulation:
             request.keys = [by_size[size] for size in sizes]
         cacheable = self._limits.prefix_caching and not trace.image_tokens
         match = cache.lookup(request.keys, request.target - 1) if cacheable else cache.no_match()
-        if not cache.fits(match, request.target, self._limits.batched_tokens, trace.image_tokens):
+        growth = self._limits.growth_pages * len(self._running)
+        if not cache.fits(match, request.target, self._limits.batched_tokens, trace.image_tokens, growth):
             if not self._running:
                 self._reject(request)
                 return 0
