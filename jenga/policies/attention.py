@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jenga.policies.base import CachedTest, LayerPolicy, register
+from jenga.policies.pages import first_missing, last_missing
 
 
 @register
@@ -22,9 +23,7 @@ class FullAttention(LayerPolicy):
         return all(cached(i) for i in range(pages))
 
     def longest_hit(self, limit: int, cached: CachedTest, page_tokens: int, stride: int = 1) -> int:
-        pages = 0
-        while pages < limit and cached(pages):
-            pages += 1
+        pages = first_missing(cached, limit)
         return pages - pages % stride
 
 
@@ -58,12 +57,10 @@ class _TrailingRun(LayerPolicy):
         # start later for longer prefixes, those are all lengths above i up to the current candidate.
         pages = limit - limit % stride
         while pages > 0:
-            for i in range(pages - 1, self._first_needed(pages, page_tokens) - 1, -1):
-                if not cached(i):
-                    pages = i - i % stride
-                    break
-            else:
+            missing = last_missing(cached, self._first_needed(pages, page_tokens), pages)
+            if missing < 0:
                 return pages
+            pages = missing - missing % stride
         return 0
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jenga.policies.base import CachedTest, LayerPolicy, register
+from jenga.policies.pages import last_ending_cached
 
 
 @register
@@ -25,6 +26,9 @@ class RecurrentState(LayerPolicy):
 
     def usable(self, pages: int, cached: CachedTest, page_tokens: int) -> bool:
         return pages == 0 or cached(pages - 1)
+
+    def longest_hit(self, limit: int, cached: CachedTest, page_tokens: int, stride: int = 1) -> int:
+        return last_ending_cached(cached, limit, stride)
 
     def pages_of_hit(self, pages: int, page_tokens: int) -> range:
         return range(max(0, pages - 1), pages)

@@ -1,5 +1,6 @@
 """What must hold for every layer type and for every mix of them: the fast rules equal brute force."""
 
+from dataclasses import replace
 from math import lcm
 
 import pytest
@@ -19,6 +20,7 @@ from jenga.policies import (
     TokenBudget,
     VisionEmbedding,
 )
+from jenga.policies.pages import PageBits
 
 sizes = st.integers(1, 70)
 
@@ -48,6 +50,10 @@ policies = st.one_of(
 bits = st.lists(st.booleans(), max_size=24)
 
 
+def page_bits(cached):
+    return PageBits(sum(1 << i for i, is_cached in enumerate(cached) if is_cached))
+
+
 @given(policies, st.integers(1, 9), bits, st.integers(1, 6))
 def test_longest_hit_is_the_largest_valid_one(policy, page_tokens, cached, stride):
     valid = policy.valid_hits(len(cached), cached.__getitem__, page_tokens)
@@ -55,6 +61,7 @@ def test_longest_hit_is_the_largest_valid_one(policy, page_tokens, cached, strid
     for limit in range(len(cached) + 1):
         expected = max(n for n in valid if n <= limit and n % stride == 0)
         assert policy.longest_hit(limit, cached.__getitem__, page_tokens, stride) == expected
+        assert policy.longest_hit(limit, page_bits(cached), page_tokens, stride) == expected
 
 
 @given(policies, st.integers(1, 9), bits)
@@ -117,6 +124,8 @@ def test_common_hit_is_the_largest_length_valid_for_all(case):
         pages = g.policy.valid_hits(limit // g.page_tokens, g.cached, g.page_tokens)
         valid &= {n * g.page_tokens for n in pages}
     hit = longest_common_hit(groups, limit, alignment)
+    as_bits = [replace(g, cached=page_bits([g.cached(i) for i in range(limit // g.page_tokens)])) for g in groups]
+    assert longest_common_hit(as_bits, limit, alignment) == hit
     assert hit.tokens == max(valid)
     assert hit.tokens <= hit.furthest <= limit
     assert (hit.limited_by is None) == (hit.tokens == limit - limit % align)
