@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 from typing import ClassVar
 
 from jenga.policies.base import CachedTest, LayerPolicy, register
-from jenga.policies.pages import first_missing, last_missing
+from jenga.policies.pages import first_missing, last_ending_cached, last_missing
 
 
 @register
@@ -60,8 +61,15 @@ class _TrailingRun(LayerPolicy):
             missing = last_missing(cached, self._first_needed(pages, page_tokens), pages)
             if missing < 0:
                 return pages
-            pages = missing - missing % stride
+            # A length whose run is not empty needs its own last page: skip to where one is cached.
+            pages = max(
+                last_ending_cached(cached, missing, stride), self._longest_of_no_need(missing, page_tokens, stride)
+            )
         return 0
+
+    def _longest_of_no_need(self, limit: int, page_tokens: int, stride: int) -> int:
+        """Longest length of at most `limit` pages, a multiple of `stride`, whose run is empty; 0 if there is none."""
+        return limit - limit % stride
 
 
 @register
@@ -79,6 +87,9 @@ class SlidingWindow(_TrailingRun):
     def resident_from(self, tokens: int, page_tokens: int) -> int:
         return max(0, tokens - self.window + 1) // page_tokens
 
+    def _longest_of_no_need(self, limit: int, page_tokens: int, stride: int) -> int:
+        return 0 if self.window > 1 else limit - limit % stride
+
 
 @register
 @dataclass(frozen=True)
@@ -94,3 +105,7 @@ class ChunkedLocal(_TrailingRun):
 
     def resident_from(self, tokens: int, page_tokens: int) -> int:
         return tokens // self.chunk * self.chunk // page_tokens
+
+    def _longest_of_no_need(self, limit: int, page_tokens: int, stride: int) -> int:
+        boundary = lcm(self.chunk, page_tokens * stride) // page_tokens
+        return limit - limit % boundary
