@@ -6,7 +6,9 @@ decided across groups: admission (in large pages, exactly), the prefix hit (`jen
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from vllm.v1.core import kv_cache_coordinator as vllm_coordinator
@@ -17,15 +19,54 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
     resolve_block_hashes,
 )
-from vllm.v1.core.single_type_kv_cache_manager import CrossAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
+    CrossAttentionManager,
+    FullAttentionManager,
+    MambaManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
+from vllm.v1.request import Request
 
 from jenga.allocator import PageState, TwoLevelAllocator
 from jenga.hits import GroupCache, Hit, longest_common_hit
 from jenga.metrics.engine import HitTotals
+from jenga.vllm_plugin.checkpoints import Checkpoints, Kept
 from jenga.vllm_plugin.config import JengaKVCacheConfig
 from jenga.vllm_plugin.pool import GroupPool, SharedPool
+from jenga.vllm_plugin.states import StateManager
 
 Blocks = tuple[list[KVCacheBlock], ...]
+
+FAR = 1 << 40
+"""Tokens; longer than any sequence."""
+
+ANSWER_HEADROOM = 0.05
+"""Share of the large pages that must be available for the end of a running answer to be kept."""
+
+
+class Marks:
+    """How far a running request can go before a block table of its changes.
+
+    Most steps of a decode add one token to pages that are there: nothing to allocate, cache or drop.  vLLM finds that
+    out anew in every manager; these three numbers of tokens say it at once.
+    """
+
+    __slots__ = ("cacheable", "droppable", "slots")
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        """Tokens that have a slot in every group."""
+        self.cacheable = self.droppable = 0
+        """Fewest tokens at which there may be something more to cache, and to drop."""
+
+
+def steady(manager: SingleTypeKVCacheManager) -> bool:
+    """Whether `manager` changes a running request's block table at page boundaries only."""
+    if isinstance(manager, MambaManager):
+        return not manager.num_speculative_blocks
+    return type(manager) in (FullAttentionManager, SlidingWindowManager, ChunkedLocalAttentionManager)
 
 
 class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
@@ -50,7 +91,11 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         self._last_hit = Hit(0, 0, None)
         self._reused = [0] * len(self.pools)
         self._needs: tuple[str, list[int]] | None = None
-        self._admitted: set[str] = set()
+        self._giving_up: list[StateManager] = []  # whose kept states the latest needs let be overwritten
+        self._policies = tuple(g.group.policy for g in config.layout.groups)
+        self._steady = not self.eagle_group_ids and all(map(steady, self.single_type_managers))
+        self._marks: dict[str, Marks] = {}
+        self._no_blocks: Blocks = tuple([] for _ in self.pools)
 
     def _evicted(self, group: int, page: int) -> None:
         self.pools[group].evicted(page)
@@ -70,6 +115,9 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         prefill_end: int = 0,
     ) -> int:
         """Large pages that this request would take from those available; exact, and without side effects of ours."""
+        marks = self._marks.get(request_id)
+        if marks is not None and num_tokens <= marks.slots:
+            return 0
         if self.retention_interval != 0:
             prefill_end = 0
         needs: list[int] = []
@@ -94,15 +142,31 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
                 )
             needs.append(blocks - len(pinned))
             pins.append(pinned)
+        pages = self.allocator.large_pages_needed(needs, pins)
+        self._giving_up = []
+        if pages > self.allocator.available:
+            self._giving_up = [
+                m
+                for m, n in zip(self.single_type_managers, needs, strict=True)
+                if n and isinstance(m, StateManager) and m.can_give_up(request_id, num_tokens_main_model)
+            ]
+            if self._giving_up:
+                needs = [n - (m in self._giving_up) for m, n in zip(self.single_type_managers, needs, strict=True)]
+                pages = self.allocator.large_pages_needed(needs, pins)
         self._needs = (request_id, needs)
-        return self.allocator.large_pages_needed(needs, pins)
+        return pages
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int, num_encoder_tokens: int = 0
     ) -> Blocks:
         """Allocate what the last query for this request announced, group by group."""
+        marks = self._marks.get(request_id)
+        if marks is not None and num_tokens <= marks.slots:
+            return self._no_blocks
         if self._needs is not None and self._needs[0] == request_id:
             self.allocator.expect(self._needs[1])
+            for manager in self._giving_up:
+                manager.give_up(request_id)
         try:
             blocks: Blocks = super().allocate_new_blocks(
                 request_id, num_tokens, num_tokens_main_model, num_encoder_tokens
@@ -110,9 +174,13 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         finally:
             self.allocator.expect([0] * len(self.pools))
             self._needs = None
-        if request_id not in self._admitted:
-            self._admitted.add(request_id)
+        if marks is None:
             self._count_hit()
+        self._marks[request_id] = Marks(
+            min(len(m.req_to_blocks[request_id]) * m.block_size for m in self.single_type_managers)
+            if self._steady
+            else 0
+        )
         return blocks
 
     def allocate_new_computed_blocks(
@@ -137,7 +205,40 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         self._last_hit = Hit(0, 0, None)
         self._reused = [0] * len(self.pools)
 
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Make full pages findable.  Hits are multiples of the scheduler's block: only there is something new."""
+        marks = self._marks.get(request.request_id)
+        if marks is not None and num_computed_tokens < marks.cacheable:
+            return
+        self._cache_pages(request, num_computed_tokens)
+        if marks is not None and self._steady:
+            marks.cacheable = num_computed_tokens - num_computed_tokens % self.scheduler_block_size
+            marks.cacheable += self.scheduler_block_size
+
+    def _cache_pages(self, request: Request, num_computed_tokens: int) -> None:
+        super().cache_blocks(request, num_computed_tokens)
+
     # -- release --------------------------------------------------------------------------------------------
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Drop the pages that no token from number `processed_computed_tokens` on needs."""
+        marks = self._marks.get(request_id)
+        if marks is not None and processed_computed_tokens < marks.droppable:
+            return
+        super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
+        if marks is not None and self._steady:
+            marks.droppable = self._next_drop(processed_computed_tokens)
+
+    def _next_drop(self, tokens: int) -> int:
+        """Fewest computed tokens, above `tokens` and at most a block above it, that may make a page needless."""
+        ahead = range(tokens + 1, tokens + 1 + self.scheduler_block_size)
+        steps = [
+            bisect_right(ahead, policy.resident_from(tokens, size), key=partial(policy.resident_from, page_tokens=size))
+            for policy, size in zip(self._policies, self.group_block_sizes, strict=True)
+        ]
+        return tokens + 1 + min(steps)
 
     def free(self, request_id: str) -> None:
         """Release a request's blocks of all groups together, tail first (balanced and aligned eviction)."""
@@ -145,7 +246,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks of all groups, merged by the token position where each ends."""
-        self._admitted.discard(request_id)
+        self._marks.pop(request_id, None)
         placed: list[tuple[int, int, KVCacheBlock]] = []
         for group, manager in enumerate(self.single_type_managers):
             size = manager.block_size
@@ -214,7 +315,15 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
         super().__init__(*args, **{**kwargs, "allow_partial_hash_hits": False})
         self.adopt()
         self.verify_and_split_kv_cache_groups()
-        self._policies = tuple(g.group.policy for g in self.kv_cache_config.layout.groups)
+        managers = self.single_type_managers
+        self._states = [g for g, m in enumerate(managers) if isinstance(m, StateManager)]
+        self._windows = [
+            g
+            for g, (m, policy) in enumerate(zip(managers, self._policies, strict=True))
+            if g not in self._states and policy.resident_from(FAR, m.block_size) > 0
+        ]
+        options = self.kv_cache_config.checkpoints
+        self.checkpoints = Checkpoints(options, self.scheduler_block_size, self.hash_block_size)
 
     def find_longest_cache_hit(
         self, block_hashes: list[BlockHash], max_cache_hit_length: int
@@ -238,6 +347,7 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
             self.scheduler_block_size,
         )
         self._last_hit = hit
+        self.checkpoints.learn(block_hashes, hit)
         if not hit.tokens:
             return tuple([] for _ in self.pools), 0, hit.furthest
         blocks = []
@@ -248,6 +358,89 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
                 row[page] = lookup.block(page)
             blocks.append(row)
         return tuple(blocks), hit.tokens, hit.furthest - hit.tokens
+
+    # -- what is kept for later requests --------------------------------------------------------------------
+
+    def _cache_pages(self, request: Request, num_computed_tokens: int) -> None:
+        """Cache full pages: all that full attention has, of windows and states those that hits at a boundary need."""
+        kept = self.checkpoints.of(request)
+        kept.computed = num_computed_tokens
+        lengths = (request.num_prompt_tokens - 1, *kept.boundaries)
+        answer = self._ends_answer(kept, num_computed_tokens)
+        for manager in self.single_type_managers:
+            keeps = answer and isinstance(manager, StateManager)
+            manager.cache_blocks(
+                request,
+                num_computed_tokens,
+                retention_interval=self.retention_interval,
+                replay_boundaries=(*lengths, num_computed_tokens) if keeps else lengths,
+            )
+        if answer:
+            self._replace_answer(kept)
+
+    def _ends_answer(self, kept: Kept, tokens: int) -> bool:
+        """Whether the states at `tokens` are kept as the end of the answer so far."""
+        return (
+            self.kv_cache_config.checkpoints.answers
+            and self.retention_interval == 0
+            and tokens % self.scheduler_block_size == 0
+            and tokens > kept.prompt_end
+            and self.allocator.available > ANSWER_HEADROOM * self.allocator.large_pages
+        )
+
+    def _replace_answer(self, kept: Kept) -> None:
+        """Remember the states just kept, and forget those of an earlier end, unless someone uses them.
+
+        So a running answer has one state more than it works on.
+        """
+        for pool, block, block_hash in kept.states:
+            if block.ref_cnt == 0 and block.block_hash == block_hash:
+                pool.uncache(block)
+        kept.answer = kept.computed
+        kept.states = [
+            (manager.block_pool, block := manager.req_to_blocks[kept.request.request_id][-1], block.block_hash)
+            for manager in self.single_type_managers
+            if isinstance(manager, StateManager)
+        ]
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The request's blocks, with the states and windows at the end of its answer."""
+        kept = self.checkpoints.requests.pop(request_id, None)
+        if kept is not None and self.kv_cache_config.checkpoints.answers:
+            self._keep_answer(kept, kept.computed - kept.computed % self.scheduler_block_size)
+        return super().pop_blocks_for_free(request_id)
+
+    def _keep_answer(self, kept: Kept, end: int) -> None:
+        """Keep what a hit of `end` tokens, the last full block of a request, needs: the next turn resumes there."""
+        request = kept.request
+        if end <= kept.prompt_end or (kept.answer != end and self._states):
+            return
+        if any(block.block_hash != block_hash for _, block, block_hash in kept.states):
+            return  # evicted
+        windows = []
+        for group in self._windows:
+            manager = self.single_type_managers[group]
+            pages = self._policies[group].pages_of_hit(end // manager.block_size, manager.block_size)
+            blocks = manager.req_to_blocks[request.request_id]
+            if any(block.is_null for block in blocks[pages.start : pages.stop]):
+                return  # dropped
+            windows.append((group, manager, pages, blocks))
+        for group, manager, pages, blocks in windows:
+            manager.block_pool.cache_full_blocks(
+                request=request,
+                blocks=blocks,
+                num_cached_blocks=pages.start,
+                num_full_blocks=pages.stop,
+                block_size=manager.block_size,
+                kv_cache_group_id=group,
+                block_mask=[block.block_hash is None for block in blocks[pages.start : pages.stop]],
+            )
+        # The states were left behind: held once more, they are released in order and as old as the rest.
+        for group, (pool, block, _) in zip(self._states, kept.states, strict=True):
+            if block.ref_cnt == 0:
+                pool.touch([block])
+                manager = self.single_type_managers[group]
+                manager.req_to_blocks[request.request_id][end // manager.block_size - 1] = block
 
 
 class _Lookup:

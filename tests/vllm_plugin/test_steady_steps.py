@@ -1,0 +1,243 @@
+"""Steps that `Marks` lets a request skip change nothing: beside a coordinator that never skips, all books are equal."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core import kv_cache_coordinator
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.request import Request
+
+from jenga.layout import choose_layout
+from jenga.vllm_plugin.config import JengaGroupSpec, JengaKVCacheConfig
+from jenga.vllm_plugin.coordinator import Marks, replacement
+from jenga.vllm_plugin.groups import describe
+
+PAGE = 4
+VOCABULARY, LONGEST, BATCH = 30, 100, 24
+SHAPE: dict[str, Any] = {"num_kv_heads": 1, "head_size": 16, "dtype": torch.bfloat16}
+
+
+def full(page: int = PAGE) -> KVCacheSpec:
+    return FullAttentionSpec(block_size=page, **SHAPE)
+
+
+def window(tokens: int, page: int = PAGE) -> KVCacheSpec:
+    return SlidingWindowSpec(block_size=page, sliding_window=tokens, **SHAPE)
+
+
+def chunked(tokens: int) -> KVCacheSpec:
+    return ChunkedLocalAttentionSpec(block_size=PAGE, attention_chunk_size=tokens, **SHAPE)
+
+
+def state() -> KVCacheSpec:
+    return MambaSpec(block_size=PAGE, shapes=((3000,),), dtypes=(torch.int8,), mamba_cache_mode="align")
+
+
+MODELS: dict[str, list[KVCacheSpec]] = {
+    "windows": [full(), window(10), window(1)],
+    "chunks": [full(), chunked(12), window(7)],
+    "states": [full(), state(), window(9)],
+    "other pages": [full(2 * PAGE), window(6), window(21, 4 * PAGE)],
+}
+
+
+def manager(specs: list[KVCacheSpec], monkeypatch: pytest.MonkeyPatch, caching: bool) -> KVCacheManager:
+    groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate(specs)]
+    memory = sum(14 * spec.page_size_bytes if isinstance(spec, MambaSpec) else 14_000 // len(specs) for spec in specs)
+    layout = choose_layout(describe(groups), memory)
+    placed = [JengaGroupSpec(g.layer_names, g.kv_cache_spec, layout=layout, index=i) for i, g in enumerate(groups)]
+    config = JengaKVCacheConfig(memory // layout.large_page_bytes, [], list(placed))
+    make = replacement(kv_cache_coordinator.get_kv_cache_coordinator)
+    monkeypatch.setattr("vllm.v1.core.kv_cache_manager.get_kv_cache_coordinator", make)
+    return KVCacheManager(
+        config,
+        max_model_len=LONGEST,
+        scheduler_block_size=max(spec.block_size for spec in specs),
+        hash_block_size=PAGE,
+        max_in_flight_tokens=BATCH,
+        enable_caching=caching,
+    )
+
+
+@dataclass
+class Running:
+    """One request in the two managers' eyes; each has its own `Request`, since managers write to it."""
+
+    requests: tuple[Request, Request]
+    length: int
+
+
+class Twins:
+    """A little scheduler over two managers: chunked prefill, steps in flight, preemption, ends, prefix hits."""
+
+    def __init__(self, specs: list[KVCacheSpec], monkeypatch: pytest.MonkeyPatch, caching: bool, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.managers = (manager(specs, monkeypatch, caching), manager(specs, monkeypatch, caching))
+        self.aligned = any(isinstance(s, MambaSpec) for s in specs)
+        self.align = max(s.block_size for s in specs)
+        self.hasher = get_request_block_hasher(PAGE, sha256)
+        self.families = [self.tokens(24) for _ in range(3)]
+        self.running: list[Running] = []
+        self.waiting: list[Running] = []
+        self.count = self.skipped = self.preempted = self.hits = 0
+        for m in self.managers:
+            assert m.coordinator._steady
+        self.managers[1].coordinator._steady = False
+        self.count_skips()
+
+    def count_skips(self) -> None:
+        coordinator = self.managers[0].coordinator
+        original = coordinator.allocate_new_blocks
+
+        def allocate_new_blocks(request_id: str, *args: Any) -> Any:
+            blocks = original(request_id, *args)
+            self.skipped += blocks is coordinator._no_blocks
+            return blocks
+
+        coordinator.allocate_new_blocks = allocate_new_blocks
+
+    def both(self, entry: Running) -> list[tuple[KVCacheManager, Request]]:
+        return list(zip(self.managers, entry.requests, strict=True))
+
+    def tokens(self, count: int) -> list[int]:
+        return [self.random.randrange(VOCABULARY) for _ in range(count)]
+
+    def arrive(self) -> None:
+        self.count += 1
+        prompt = self.random.choice(self.families)[: self.random.randint(1, 24)] + self.tokens(
+            self.random.randint(1, 30)
+        )
+        made = [
+            Request(str(self.count), prompt, SamplingParams(max_tokens=LONGEST), None, block_hasher=self.hasher)
+            for _ in self.managers
+        ]
+        self.waiting.append(Running((made[0], made[1]), len(prompt) + self.random.randint(1, 40)))
+
+    def new_tokens(self, request: Request, computed: int) -> int:
+        count = min(request.num_tokens - computed, self.random.choice((BATCH, BATCH, 5)))
+        if self.aligned and computed + count < request.num_tokens:  # as the scheduler cuts chunks for states
+            return max(
+                (computed + count) // self.align * self.align - computed, min(self.align, request.num_tokens - computed)
+            )
+        return count
+
+    def schedule(self, entry: Running, first: bool) -> bool:
+        found = [m.get_computed_blocks(r) if first else (None, 0, 0) for m, r in self.both(entry)]
+        hit = found[0][1]
+        assert hit == found[1][1]
+        count = self.new_tokens(entry.requests[0], entry.requests[0].num_computed_tokens + hit)
+        if count <= 0:
+            return False
+        granted = [
+            m.allocate_slots(r, count, hit, blocks, full_sequence_must_fit=first)
+            for (m, r), (blocks, _, _) in zip(self.both(entry), found, strict=True)
+        ]
+        if None in granted:
+            assert granted == [None, None]
+            return False
+        self.hits += hit
+        for request in entry.requests:
+            request.num_computed_tokens += hit + count
+            request.num_in_flight_tokens += count
+        return True
+
+    def step(self) -> None:
+        for m in self.managers:
+            m.new_step_starts()
+        for entry in list(self.running):
+            while entry in self.running and self.wanted(entry) and not self.schedule(entry, first=False):
+                self.preempt(self.running[-1])
+        if self.waiting and len(self.running) < 6 and self.schedule(self.waiting[0], first=True):
+            self.running.append(self.waiting.pop(0))
+        land = self.random.random() < 0.8  # otherwise the step stays in flight
+        for entry in list(self.running) if land else []:
+            self.take(entry)
+
+    def wanted(self, entry: Running) -> bool:
+        return entry.requests[0].num_computed_tokens < entry.requests[0].num_tokens
+
+    def take(self, entry: Running) -> None:
+        token = self.tokens(1)
+        for request in entry.requests:
+            request.num_in_flight_tokens = 0
+            if request.num_computed_tokens == request.num_tokens:
+                request.append_output_token_ids(token)
+        if entry.requests[0].num_tokens >= entry.length:
+            self.free(entry)
+
+    def free(self, entry: Running) -> None:
+        for m, request in self.both(entry):
+            m.free(request)
+        self.running.remove(entry)
+
+    def preempt(self, entry: Running) -> None:
+        self.free(entry)
+        for request in entry.requests:
+            request.num_computed_tokens = request.num_in_flight_tokens = 0
+        self.waiting.insert(0, entry)
+        self.preempted += 1
+
+    def play(self, steps: int) -> None:
+        for _ in range(steps):
+            if len(self.waiting) < 3:
+                self.arrive()
+            self.step()
+            self.compare()
+
+    def compare(self) -> None:
+        one, other = (m.coordinator for m in self.managers)
+        one.check()
+        assert one.allocator.usage() == other.allocator.usage()
+        assert one.allocator.counters() == other.allocator.counters()
+        for mine, theirs in zip(one.single_type_managers, other.single_type_managers, strict=True):
+            tables = [{r: [b.block_id for b in row] for r, row in m.req_to_blocks.items()} for m in (mine, theirs)]
+            assert tables[0] == tables[1]
+        for mine, theirs in zip(one.pools, other.pools, strict=True):
+            assert [b.block_hash for b in mine.blocks] == [b.block_hash for b in theirs.blocks]
+        assert one.hits == other.hits
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "no caching"])
+@pytest.mark.parametrize("name", MODELS)
+def test_skipping_changes_nothing(name: str, caching: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    init_none_hash(sha256)
+    total = {"skipped": 0, "preempted": 0, "hits": 0}
+    for seed in range(5):
+        twins = Twins(MODELS[name], monkeypatch, caching, seed)
+        twins.play(steps=200)
+        for key in total:
+            total[key] += getattr(twins, key)
+    assert total["skipped"] > 100
+    assert total["preempted"] > 0
+    assert (total["hits"] > 0) is caching
+
+
+@pytest.mark.parametrize("fault", ["slots", "cacheable", "droppable"])
+def test_a_mark_too_far_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the three marks, one page too high, is found by the comparison."""
+
+    class Late(Marks):
+        def __setattr__(self, name: str, value: int) -> None:
+            super().__setattr__(name, value + PAGE if name == fault and value else value)
+
+    init_none_hash(sha256)
+    monkeypatch.setattr("jenga.vllm_plugin.coordinator.Marks", Late)
+    twins = Twins(MODELS["states"], monkeypatch, caching=True, seed=0)
+    with pytest.raises((AssertionError, IndexError)):
+        twins.play(steps=200)
