@@ -90,7 +90,12 @@ def install() -> None:
     )
     check_seam(vars(Platform)["_align_hybrid_block_size"].__func__, ("cls", "vllm_config", "backend_cls"))
 
-    from jenga.vllm_plugin import coordinator, engine, hybrid_blocks, planning, worker
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    check_seam(Scheduler.reset_prefix_cache, ("self", "reset_running_requests", "reset_connector"))
+    check_seam(kv_cache_coordinator.KVCacheCoordinator.emit_cached_block_events, ("self", "request", "computed_blocks"))
+
+    from jenga.vllm_plugin import coordinator, engine, events, hybrid_blocks, planning, worker
 
     planner = planning.Planner(
         planning.Originals(**{name.lstrip("_"): getattr(kv_cache_utils, name) for name in _PLANNER_SEAMS})
@@ -113,6 +118,7 @@ def install() -> None:
     elif current_platform.is_cuda_alike():
         worker.install_gpu()
     engine.install()
+    events.install()
     logger.debug("Jenga's memory manager is installed in vLLM %s", vllm.__version__)
 
 

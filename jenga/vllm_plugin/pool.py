@@ -8,14 +8,17 @@ which counts in large pages.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from vllm.distributed.kv_events import MEDIUM_GPU, AllBlocksCleared, KVCacheEvent
+from vllm.distributed.kv_events import MEDIUM_GPU, AllBlocksCleared, BlockStored, KVCacheEvent
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
+from vllm.v1.request import Request
 
 from jenga.allocator import PageState, TwoLevelAllocator
+from jenga.vllm_plugin.events import placed
 
 logger = init_logger("vllm.jenga")
 
@@ -101,6 +104,11 @@ class GroupPool(BlockPool):
             self._maybe_evict_cached_block(self.blocks[page])
             if self.allocator.state(self.group, page) is PageState.CACHED:
                 self.allocator.forget(self.group, page)
+
+    def _build_block_stored_event(self, request: Request, *args: Any, **where: Any) -> BlockStored:
+        event = super()._build_block_stored_event(request, *args, **where)
+        hashes = resolve_block_hashes(request.block_hashes, self.hash_block_size, event.block_size)
+        return placed(event, hashes, where["start_token_idx"] // event.block_size)
 
     def forget_all(self) -> None:
         """Drop everything cached (nothing may be live), without an event per page."""
