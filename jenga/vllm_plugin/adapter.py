@@ -94,8 +94,18 @@ def install() -> None:
 
     check_seam(Scheduler.reset_prefix_cache, ("self", "reset_running_requests", "reset_connector"))
     check_seam(kv_cache_coordinator.KVCacheCoordinator.emit_cached_block_events, ("self", "request", "computed_blocks"))
+    check_seam(
+        Scheduler._mamba_block_aligned_split,
+        (
+            "self",
+            "request",
+            "num_new_tokens",
+            "num_new_local_computed_tokens",
+            "num_external_computed_tokens",
+        ),
+    )
 
-    from jenga.vllm_plugin import coordinator, engine, events, hybrid_blocks, planning, worker
+    from jenga.vllm_plugin import checkpoints, coordinator, engine, events, hybrid_blocks, planning, states, worker
 
     planner = planning.Planner(
         planning.Originals(**{name.lstrip("_"): getattr(kv_cache_utils, name) for name in _PLANNER_SEAMS})
@@ -109,6 +119,8 @@ def install() -> None:
         also=(kv_cache_manager,),
     )
     hybrid_blocks.install()
+    checkpoints.install()
+    states.install()
     worker.install_scheduler_side()
     if current_platform.is_cpu():
         from jenga.vllm_plugin import cpu_fixes

@@ -11,6 +11,16 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheT
 from jenga.layout import GroupLayout, Layout
 
 
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """How an engine chooses the lengths at which windows and states are kept."""
+
+    markers: frozenset[int] = frozenset()
+    """Token ids that mark turns; none if turns are not looked for."""
+    answers: bool = True
+    """Whether the end of an answer is kept."""
+
+
 @dataclass
 class JengaGroupSpec(KVCacheGroupSpec):
     """A vLLM layer group with its place in the two-level geometry.
@@ -34,6 +44,9 @@ class JengaKVCacheConfig(KVCacheConfig):
 
     Group ``g`` addresses ``num_blocks * ratio`` small pages, page 0 being its null block.
     """
+
+    checkpoints: CheckpointOptions = field(default=CheckpointOptions(), kw_only=True)
+    """What is kept for later requests."""
 
     @cached_property
     def ratios(self) -> tuple[int, ...]:

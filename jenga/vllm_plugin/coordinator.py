@@ -32,10 +32,18 @@ from vllm.v1.request import Request
 from jenga.allocator import PageState, TwoLevelAllocator
 from jenga.hits import GroupCache, Hit, longest_common_hit
 from jenga.metrics.engine import HitTotals
+from jenga.vllm_plugin.checkpoints import Checkpoints, Kept
 from jenga.vllm_plugin.config import JengaKVCacheConfig
 from jenga.vllm_plugin.pool import GroupPool, SharedPool
+from jenga.vllm_plugin.states import StateManager
 
 Blocks = tuple[list[KVCacheBlock], ...]
+
+FAR = 1 << 40
+"""Tokens; longer than any sequence."""
+
+ANSWER_HEADROOM = 0.05
+"""Share of the large pages that must be available for the end of a running answer to be kept."""
 
 
 class Marks:
@@ -83,6 +91,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         self._last_hit = Hit(0, 0, None)
         self._reused = [0] * len(self.pools)
         self._needs: tuple[str, list[int]] | None = None
+        self._giving_up: list[StateManager] = []  # whose kept states the latest needs let be overwritten
         self._policies = tuple(g.group.policy for g in config.layout.groups)
         self._steady = not self.eagle_group_ids and all(map(steady, self.single_type_managers))
         self._marks: dict[str, Marks] = {}
@@ -133,8 +142,19 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
                 )
             needs.append(blocks - len(pinned))
             pins.append(pinned)
+        pages = self.allocator.large_pages_needed(needs, pins)
+        self._giving_up = []
+        if pages > self.allocator.available:
+            self._giving_up = [
+                m
+                for m, n in zip(self.single_type_managers, needs, strict=True)
+                if n and isinstance(m, StateManager) and m.can_give_up(request_id, num_tokens_main_model)
+            ]
+            if self._giving_up:
+                needs = [n - (m in self._giving_up) for m, n in zip(self.single_type_managers, needs, strict=True)]
+                pages = self.allocator.large_pages_needed(needs, pins)
         self._needs = (request_id, needs)
-        return self.allocator.large_pages_needed(needs, pins)
+        return pages
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int, num_encoder_tokens: int = 0
@@ -145,6 +165,8 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
             return self._no_blocks
         if self._needs is not None and self._needs[0] == request_id:
             self.allocator.expect(self._needs[1])
+            for manager in self._giving_up:
+                manager.give_up(request_id)
         try:
             blocks: Blocks = super().allocate_new_blocks(
                 request_id, num_tokens, num_tokens_main_model, num_encoder_tokens
@@ -188,10 +210,13 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         marks = self._marks.get(request.request_id)
         if marks is not None and num_computed_tokens < marks.cacheable:
             return
-        super().cache_blocks(request, num_computed_tokens)
+        self._cache_pages(request, num_computed_tokens)
         if marks is not None and self._steady:
             marks.cacheable = num_computed_tokens - num_computed_tokens % self.scheduler_block_size
             marks.cacheable += self.scheduler_block_size
+
+    def _cache_pages(self, request: Request, num_computed_tokens: int) -> None:
+        super().cache_blocks(request, num_computed_tokens)
 
     # -- release --------------------------------------------------------------------------------------------
 
@@ -290,6 +315,15 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
         super().__init__(*args, **{**kwargs, "allow_partial_hash_hits": False})
         self.adopt()
         self.verify_and_split_kv_cache_groups()
+        managers = self.single_type_managers
+        self._states = [g for g, m in enumerate(managers) if isinstance(m, StateManager)]
+        self._windows = [
+            g
+            for g, (m, policy) in enumerate(zip(managers, self._policies, strict=True))
+            if g not in self._states and policy.resident_from(FAR, m.block_size) > 0
+        ]
+        options = self.kv_cache_config.checkpoints
+        self.checkpoints = Checkpoints(options, self.scheduler_block_size, self.hash_block_size)
 
     def find_longest_cache_hit(
         self, block_hashes: list[BlockHash], max_cache_hit_length: int
@@ -313,6 +347,7 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
             self.scheduler_block_size,
         )
         self._last_hit = hit
+        self.checkpoints.learn(block_hashes, hit)
         if not hit.tokens:
             return tuple([] for _ in self.pools), 0, hit.furthest
         blocks = []
@@ -323,6 +358,89 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
                 row[page] = lookup.block(page)
             blocks.append(row)
         return tuple(blocks), hit.tokens, hit.furthest - hit.tokens
+
+    # -- what is kept for later requests --------------------------------------------------------------------
+
+    def _cache_pages(self, request: Request, num_computed_tokens: int) -> None:
+        """Cache full pages: all that full attention has, of windows and states those that hits at a boundary need."""
+        kept = self.checkpoints.of(request)
+        kept.computed = num_computed_tokens
+        lengths = (request.num_prompt_tokens - 1, *kept.boundaries)
+        answer = self._ends_answer(kept, num_computed_tokens)
+        for manager in self.single_type_managers:
+            keeps = answer and isinstance(manager, StateManager)
+            manager.cache_blocks(
+                request,
+                num_computed_tokens,
+                retention_interval=self.retention_interval,
+                replay_boundaries=(*lengths, num_computed_tokens) if keeps else lengths,
+            )
+        if answer:
+            self._replace_answer(kept)
+
+    def _ends_answer(self, kept: Kept, tokens: int) -> bool:
+        """Whether the states at `tokens` are kept as the end of the answer so far."""
+        return (
+            self.kv_cache_config.checkpoints.answers
+            and self.retention_interval == 0
+            and tokens % self.scheduler_block_size == 0
+            and tokens > kept.prompt_end
+            and self.allocator.available > ANSWER_HEADROOM * self.allocator.large_pages
+        )
+
+    def _replace_answer(self, kept: Kept) -> None:
+        """Remember the states just kept, and forget those of an earlier end, unless someone uses them.
+
+        So a running answer has one state more than it works on.
+        """
+        for pool, block, block_hash in kept.states:
+            if block.ref_cnt == 0 and block.block_hash == block_hash:
+                pool.uncache(block)
+        kept.answer = kept.computed
+        kept.states = [
+            (manager.block_pool, block := manager.req_to_blocks[kept.request.request_id][-1], block.block_hash)
+            for manager in self.single_type_managers
+            if isinstance(manager, StateManager)
+        ]
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The request's blocks, with the states and windows at the end of its answer."""
+        kept = self.checkpoints.requests.pop(request_id, None)
+        if kept is not None and self.kv_cache_config.checkpoints.answers:
+            self._keep_answer(kept, kept.computed - kept.computed % self.scheduler_block_size)
+        return super().pop_blocks_for_free(request_id)
+
+    def _keep_answer(self, kept: Kept, end: int) -> None:
+        """Keep what a hit of `end` tokens, the last full block of a request, needs: the next turn resumes there."""
+        request = kept.request
+        if end <= kept.prompt_end or (kept.answer != end and self._states):
+            return
+        if any(block.block_hash != block_hash for _, block, block_hash in kept.states):
+            return  # evicted
+        windows = []
+        for group in self._windows:
+            manager = self.single_type_managers[group]
+            pages = self._policies[group].pages_of_hit(end // manager.block_size, manager.block_size)
+            blocks = manager.req_to_blocks[request.request_id]
+            if any(block.is_null for block in blocks[pages.start : pages.stop]):
+                return  # dropped
+            windows.append((group, manager, pages, blocks))
+        for group, manager, pages, blocks in windows:
+            manager.block_pool.cache_full_blocks(
+                request=request,
+                blocks=blocks,
+                num_cached_blocks=pages.start,
+                num_full_blocks=pages.stop,
+                block_size=manager.block_size,
+                kv_cache_group_id=group,
+                block_mask=[block.block_hash is None for block in blocks[pages.start : pages.stop]],
+            )
+        # The states were left behind: held once more, they are released in order and as old as the rest.
+        for group, (pool, block, _) in zip(self._states, kept.states, strict=True):
+            if block.ref_cnt == 0:
+                pool.touch([block])
+                manager = self.single_type_managers[group]
+                manager.req_to_blocks[request.request_id][end // manager.block_size - 1] = block
 
 
 class _Lookup:

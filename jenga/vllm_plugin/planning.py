@@ -20,7 +20,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, KVCacheTensor, iter_layer_specs
 
 from jenga.layout import choose_layout
-from jenga.vllm_plugin import hybrid_blocks, report
+from jenga.vllm_plugin import checkpoints, hybrid_blocks, report, states
 from jenga.vllm_plugin.config import JengaGroupSpec, JengaKVCacheConfig
 from jenga.vllm_plugin.groups import bucket_layers, config_obstacle, describe, layer_spec, spec_obstacle
 
@@ -75,7 +75,13 @@ class Planner:
             return self._vllm.get_kv_cache_groups(config, specs)
         layout = choose_layout(describe(groups), self._memory)
         return [
-            JengaGroupSpec(group.layer_names, group.kv_cache_spec, layout=layout, index=index)
+            JengaGroupSpec(
+                group.layer_names,
+                group.kv_cache_spec,
+                role=states.role_of(group.kv_cache_spec),
+                layout=layout,
+                index=index,
+            )
             for index, group in enumerate(groups)
         ]
 
@@ -138,6 +144,7 @@ class Planner:
             kv_cache_tensors=tensors,
             kv_cache_groups=list(jenga),
             prefix_cache_retention_interval=config.cache_config.prefix_cache_retention_interval,
+            checkpoints=checkpoints.options(config),
         )
 
     def check_enough_kv_cache_memory(

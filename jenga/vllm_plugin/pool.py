@@ -101,9 +101,13 @@ class GroupPool(BlockPool):
     def evict_blocks(self, block_ids: set[int]) -> None:
         """Drop these pages' contents from the prefix cache."""
         for page in block_ids:
-            self._maybe_evict_cached_block(self.blocks[page])
-            if self.allocator.state(self.group, page) is PageState.CACHED:
-                self.allocator.forget(self.group, page)
+            self.uncache(self.blocks[page])
+
+    def uncache(self, block: KVCacheBlock) -> None:
+        """Drop one page's contents from the prefix cache; it comes free unless someone holds it."""
+        self._maybe_evict_cached_block(block)
+        if self.allocator.state(self.group, block.block_id) is PageState.CACHED:
+            self.allocator.forget(self.group, block.block_id)
 
     def _build_block_stored_event(self, request: Request, *args: Any, **where: Any) -> BlockStored:
         event = super()._build_block_stored_event(request, *args, **where)

@@ -1,0 +1,44 @@
+"""Settings of the plugin: the ``jenga`` entry of vLLM's ``--additional-config``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from vllm.config import VllmConfig
+
+
+class Checkpoints(BaseModel):
+    """What windows and recurrent states are kept for, besides the ends of prompts and seen junctions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    turns: bool = Field(default=True, description="the start of the first and the last turn of a chat prompt")
+    answers: bool = Field(default=True, description="the end of the answer, for the next turn of a conversation")
+
+
+class Settings(BaseModel):
+    """All settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    checkpoints: Checkpoints = Checkpoints()
+
+
+def read(config: VllmConfig) -> Settings:
+    """The settings of an engine.
+
+    Raises:
+        ValueError: an unknown setting or a bad value; the message names it.
+    """
+    extra: Any = config.additional_config
+    given = extra.get("jenga", {}) if isinstance(extra, dict) else {}
+    try:
+        return Settings.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(("additional_config", "jenga", *map(str, first["loc"])))
+        raise ValueError(
+            f"{where} = {first['input']!r}: {first['msg']}. Known: checkpoints.turns, checkpoints.answers "
+            "(true or false)."
+        ) from None
