@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 from jenga.hits import Hit
 
@@ -25,20 +26,42 @@ TURN_GAP = 8
 ANSWER_CUE = 16
 """Tokens; special tokens this close to a prompt's end ask for the answer and start no turn that others could share."""
 
+PASS_TOKENS = 256
+"""Tokens; a recurrent state can be kept only where a forward pass ends, and one more pass takes about as long as
+computing this many tokens (an H100 does 295 operations in the time it loads a byte of weights)."""
+
 MAX_KNOWN_JUNCTIONS = 2
 """Junctions seen before at which one prompt keeps something: the longest ones."""
 
 
-def boundaries(hit: Hit, tokens: int, alignment: int, hints: Iterable[int] = ()) -> tuple[int, ...]:
-    """Lengths beyond `hit`, ascending, at which a prompt of `tokens` tokens keeps what a hit needs.
+@dataclass(frozen=True)
+class Boundaries:
+    """Lengths at which a prompt keeps what a hit needs."""
+
+    lengths: tuple[int, ...]
+    """All of them, ascending."""
+    pauses: tuple[int, ...]
+    """Those where computing should pause, so that recurrent states can be kept there."""
+
+
+def boundaries(hit: Hit, tokens: int, alignment: int, hints: Iterable[int] = ()) -> Boundaries:
+    """What a prompt of `tokens` tokens that resumes behind `hit` keeps.
 
     `hints` are the lengths of `turn_starts` and `SharedPrefixes`.  All are rounded down to `alignment`: a checkpoint
     never covers tokens of this request beyond the place it was made for.
     """
     # A hit leaves at least one token to compute, so an equal prompt resumes before its last token.
     end = (tokens - 1) // alignment * alignment
-    wanted = {end, *(length // alignment * alignment for length in (hit.furthest, *hints))}
-    return tuple(sorted(b for b in wanted if hit.tokens < b <= end))
+    shared = {length // alignment * alignment for length in (hit.furthest, *hints)}
+    lengths = tuple(sorted(b for b in shared | {end} if hit.tokens < b <= end))
+    pauses: list[int] = []
+    start = hit.tokens
+    for length in lengths:
+        # What others share will be resumed more than once, the end of a prompt perhaps never.
+        if length - start >= (PASS_TOKENS // 2 if length in shared else PASS_TOKENS):
+            pauses.append(length)
+            start = length
+    return Boundaries(lengths, tuple(pauses))
 
 
 def turn_starts(tokens: Sequence[int], markers: Collection[int], after: int) -> tuple[int, ...]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jenga.checkpoints import ANSWER_CUE, MAX_KNOWN_JUNCTIONS, TURN_GAP, SharedPrefixes, boundaries, turn_starts
+from jenga.checkpoints import (
+    ANSWER_CUE,
+    MAX_KNOWN_JUNCTIONS,
+    PASS_TOKENS,
+    TURN_GAP,
+    SharedPrefixes,
+    boundaries,
+    turn_starts,
+)
 from jenga.hits import Hit
 
 BOS, START, END = 1, 2, 3
@@ -21,13 +29,30 @@ def chat(*turns: int) -> list[int]:
 
 
 def test_boundaries_of_a_prompt() -> None:
+    def lengths(hit: Hit, tokens: int, hints: tuple[int, ...] = ()) -> tuple[int, ...]:
+        return boundaries(hit, tokens, 16, hints).lengths
+
     # 100 tokens, pages of 16: the end is 96; junction 50 -> 48; a hint at 70 -> 64; nothing up to the hit itself.
-    assert boundaries(Hit(0, 0, None), 100, 16) == (96,)
-    assert boundaries(Hit(16, 50, 1), 100, 16, (70, 17)) == (48, 64, 96)
-    assert boundaries(Hit(96, 96, None), 100, 16) == ()
-    assert boundaries(Hit(0, 0, None), 97, 16) == (96,)
-    assert boundaries(Hit(0, 0, None), 96, 16) == (80,), "an equal prompt must compute its last token"
-    assert boundaries(Hit(0, 0, None), 10, 16, (9,)) == ()
+    assert lengths(Hit(0, 0, None), 100) == (96,)
+    assert lengths(Hit(16, 50, 1), 100, (70, 17)) == (48, 64, 96)
+    assert lengths(Hit(96, 96, None), 100) == ()
+    assert lengths(Hit(0, 0, None), 97) == (96,)
+    assert lengths(Hit(0, 0, None), 96) == (80,), "an equal prompt must compute its last token"
+    assert lengths(Hit(0, 0, None), 10, (9,)) == ()
+
+
+def test_a_pause_must_spare_what_it_costs() -> None:
+    def pauses(hit: int, tokens: int, *hints: int) -> tuple[int, ...]:
+        return boundaries(Hit(hit, hit, None), tokens, 32, hints).pauses
+
+    assert PASS_TOKENS == 256
+    assert pauses(0, 542, 480) == (480,), "the last 32 tokens are not worth a pass"
+    assert pauses(0, 740, 480) == (480, 736)
+    assert pauses(0, 330, 96, 192) == (192,), "96 tokens are not worth it, 192 are; 128 of this prompt's own are not"
+    assert pauses(0, 250) == ()
+    assert pauses(0, 258) == (256,)
+    assert pauses(0, 224, 192) == (192,), "a turn that starts in the last block is no less worth it"
+    assert pauses(480, 542, 480) == ()
 
 
 def test_the_turn_after_a_system_prompt() -> None:

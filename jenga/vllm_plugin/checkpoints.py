@@ -12,7 +12,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from jenga.checkpoints import SharedPrefixes, boundaries, turn_starts
+from jenga.checkpoints import Boundaries, SharedPrefixes, boundaries, turn_starts
 from jenga.hits import Hit
 from jenga.vllm_plugin import settings
 from jenga.vllm_plugin.config import CheckpointOptions
@@ -53,7 +53,7 @@ class Kept:
     def __init__(self, request: Request, hints: tuple[int, ...]) -> None:
         self.request = request
         self.hints = hints
-        self.boundaries: tuple[int, ...] = ()
+        self.boundaries = Boundaries((), ())
         self.prompt_end = 0
         """The last boundary of the prompt (of a resumed request: of all it had)."""
         self.computed = 0
@@ -91,12 +91,16 @@ class Checkpoints:
         kept.prompt_end = (request.num_tokens - 1) // self.alignment * self.alignment
         return kept
 
-    def clip(self, request: Request, start: int, tokens: int) -> int:
-        """`tokens`, or fewer, so that a chunk from `start` on pauses at the next length to keep."""
+    def chunk(self, request: Request, start: int, tokens: int, stock: int) -> int:
+        """Tokens of the next chunk of a prefill.
+
+        From `start` on, at most `tokens`; vLLM would pause after `stock` of them, which ends at a block or the prompt.
+        """
         kept = self.of(request, start if request.num_computed_tokens == 0 else None)
-        end = start + tokens
-        # Not at the prompt's end: vLLM pauses there itself where the kernels need it.
-        return min((b for b in kept.boundaries if start < b < min(end, kept.prompt_end)), default=end) - start
+        end = start + stock
+        if end == kept.prompt_end and end not in kept.boundaries.pauses and start + tokens >= request.num_tokens:
+            end = start + tokens
+        return min((b for b in kept.boundaries.pauses if start < b < min(end, kept.prompt_end)), default=end) - start
 
     def _hints(self, request: Request) -> tuple[int, ...]:
         size = self.hash_tokens
@@ -107,7 +111,7 @@ class Checkpoints:
 
 
 def install() -> None:
-    """Let the scheduler pause prefills where a state is to be kept."""
+    """Let the scheduler pause prefills where, and only where, a state is to be kept."""
     original = Scheduler._mamba_block_aligned_split
 
     def _mamba_block_aligned_split(
@@ -117,13 +121,13 @@ def install() -> None:
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        tokens: int = original(
+        stock: int = original(
             self, request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
         )
         checkpoints = getattr(self.kv_cache_manager.coordinator, "checkpoints", None)
-        if checkpoints is None or tokens <= 1:
-            return tokens
+        if checkpoints is None or num_new_tokens <= 1:
+            return stock
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
-        return int(checkpoints.clip(request, start, tokens))
+        return int(checkpoints.chunk(request, start, num_new_tokens, stock))
 
     setattr(Scheduler, "_mamba_block_aligned_split", _mamba_block_aligned_split)  # noqa: B010

@@ -365,7 +365,7 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
         """Cache full pages: all that full attention has, of windows and states those that hits at a boundary need."""
         kept = self.checkpoints.of(request)
         kept.computed = num_computed_tokens
-        lengths = (request.num_prompt_tokens - 1, *kept.boundaries)
+        lengths = (request.num_prompt_tokens - 1, *kept.boundaries.lengths)
         answer = self._ends_answer(kept, num_computed_tokens)
         for manager in self.single_type_managers:
             keeps = answer and isinstance(manager, StateManager)

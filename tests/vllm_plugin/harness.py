@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,14 @@ def recall_prompts(model: Path, tables: int, pairs: int, length: int) -> tuple[l
 
 
 def run(
-    folder: Path, name: str, spec: dict[str, Any], *, jenga: bool, timeout: float = 600, **env: str
+    folder: Path,
+    name: str,
+    spec: dict[str, Any],
+    *,
+    jenga: bool,
+    timeout: float = 600,
+    runner: Path = RUNNER,
+    **env: str,
 ) -> dict[str, Any]:
     """One engine in a process of its own; its result, or its last words on failure."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +59,7 @@ def run(
     given.write_text(json.dumps(spec))
     taken.unlink(missing_ok=True)
     done = subprocess.run(
-        [sys.executable, str(RUNNER), str(given), str(taken)],
+        [sys.executable, str(runner), str(given), str(taken)],
         env={**os.environ, "JENGA": "1" if jenga else "0", **env},
         capture_output=True,
         text=True,
@@ -63,6 +71,86 @@ def run(
     result: dict[str, Any] = json.loads(taken.read_text())
     assert result["jenga"] is jenga, "the plugin was not in the state asked for"
     return result
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A run whose states and logits were computed again by stock vLLM, from nothing and cut in the same places."""
+
+    result: dict[str, Any]
+    """The run."""
+    lives: int
+    """Times that a request was admitted or resumed."""
+    resumed: int
+    """How many of them took tokens from the prefix cache."""
+    positions: int
+    """Chunk ends and decode steps compared, each with the states of all layers and the logits."""
+    unlike: int
+    """How many of them differ in any bit."""
+
+
+def audit(folder: Path, name: str, spec: dict[str, Any], *, jenga: bool) -> Audit:
+    """Run `spec`, and compute every state of it again without cache or pressure on stock vLLM.
+
+    Both multiply row by row (`trace.row_by_row`), so that the batch changes no rounding.
+    """
+    exact = {**spec, "trace": {}, "row_by_row": True}
+    exact["engine"] = {**spec["engine"], "async_scheduling": False}
+    ours = run(folder, name, exact, jenga=jenga)
+    tokens = {
+        str(number): [*prompt, *said]
+        for number, (prompt, said) in enumerate(
+            (prompt, said) for round_ in ours["tokens"] for prompt, said in zip(spec["prompts"], round_, strict=True)
+        )
+    }
+    again = replays(ours["lives"], tokens)
+    engine = {**exact["engine"], "enable_prefix_caching": False, "kv_cache_memory_bytes": 64 << 20}
+    engine["max_num_batched_tokens"] = 16 * engine["max_model_len"]  # no cuts but those imposed
+    numbered = {str(number): each for number, each in enumerate(again)}
+    replayed = run(
+        folder,
+        f"{name}-again",
+        {
+            "model": spec["model"],
+            "prompts": [each["prompt"] for each in again],
+            "max_tokens": [len(each["force"]) for each in again],
+            "engine": engine,
+            "row_by_row": True,
+            "cuts": {number: each["cuts"] for number, each in numbered.items()},
+            "trace": {"force": {number: each["force"] for number, each in numbered.items()}},
+        },
+        jenga=False,
+    )
+    positions = unlike = 0
+    for number, each in numbered.items():
+        (life,) = replayed["lives"][number]
+        assert life["cuts"] == each["cuts"], "the cuts were not imposed"
+        positions += len(each["digests"])
+        unlike += sum(life["digests"][end] != digest for end, digest in each["digests"].items())
+    return Audit(
+        ours, len(again), sum(life["hit"] > 0 for lives in ours["lives"].values() for life in lives), positions, unlike
+    )
+
+
+def replays(lives: dict[str, list[dict[str, Any]]], tokens: dict[str, list[int]]) -> list[dict[str, Any]]:
+    """One request per life that computes the same `tokens` in the same cuts.
+
+    Up to the last chunk of several tokens it is a prompt; what follows was decoded, and is forced.
+    """
+    made = []
+    for who, each in lives.items():
+        for life in each:
+            cuts = life["cuts"]
+            prompt = max(b for a, b in zip([0, *cuts], cuts, strict=False) if b - a > 1)
+            made.append(
+                {
+                    "cuts": cuts,
+                    "digests": life["digests"],
+                    "prompt": tokens[who][:prompt],
+                    "force": tokens[who][prompt : cuts[-1] + 1],
+                }
+            )
+    return made
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> int:

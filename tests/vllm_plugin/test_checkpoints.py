@@ -1,0 +1,114 @@
+"""What the plugin keeps of windows and states: hits where later requests resume, and the right tokens from them."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jenga.demo import make
+from tests.vllm_plugin.harness import run
+
+RUNNER = Path(__file__).with_name("chat_run.py")
+BLOCK, ANSWER, SYSTEM_TOKENS = 32, 40, 192
+BOS, END, USER, MODEL, SYSTEM = "<bos>", "<end>", "<user>", "<model>", "<system>"
+
+
+def special(model: Path) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return {t: tokenizer.convert_tokens_to_ids(t) for t in (BOS, END, USER, MODEL, SYSTEM)}
+
+
+def chats(
+    ids: dict[str, int], turns: int, systems: int = 2, each: int = 2, question: int = 30
+) -> list[list[list[int]]]:
+    """`each` conversations with each of `systems` system prompts; the first starts a turn before the others."""
+    rng = random.Random(5)
+
+    def words(count: int) -> list[int]:
+        return [rng.randrange(40, 200) for _ in range(count)]
+
+    made = []
+    for _ in range(systems):
+        start = [ids[BOS], ids[SYSTEM], *words(SYSTEM_TOKENS - 4), ids[END], ids[USER]]
+        for nth in range(each):
+            asked = [[*words(question), ids[END], ids[MODEL]] for _ in range(turns)]
+            made.append([[]] * (nth > 0) + [start + asked[0], *([ids[END], ids[USER], *a] for a in asked[1:])])
+    return made
+
+
+def spec(model: Path, mebibytes: float, *, caching: bool = True, **engine: Any) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "answer": ANSWER,
+        "engine": {
+            "dtype": "float32",
+            "max_model_len": 1024,
+            "block_size": BLOCK,
+            "kv_cache_memory_bytes": int(mebibytes * 2**20),
+            "enable_prefix_caching": caching,
+            "max_num_batched_tokens": 400,
+            **engine,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def granite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("granite-hybrid", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("gemma3-recall", tmp_path_factory.mktemp("models"))
+
+
+def check_hits(result: dict[str, Any]) -> None:
+    """System prompts are resumed from the second sighting on; turns recompute what is new, and at most a block."""
+    for nth, turns in enumerate(result["hits"]):
+        assert turns[0][1] == (SYSTEM_TOKENS if nth % 2 else 0)
+        for (before, _), (_, cached) in pairwise(turns):
+            # The last token of an answer was not computed, and hits are whole blocks.
+            assert before + ANSWER - 1 - cached < BLOCK
+
+
+def test_chats_on_states(granite: Path, tmp_path: Path) -> None:
+    """Mamba-2: from kept states the answers are, in float32, those of stock vLLM without a cache."""
+    given = {"chats": chats(special(granite), turns=3)}
+    kept = run(tmp_path, "kept", spec(granite, 64) | given, jenga=True, runner=RUNNER)
+    check_hits(kept)
+    assert kept["live_after"] == kept["preemptions"] == kept["given_up"] == 0
+    stock = run(tmp_path, "stock", spec(granite, 64, caching=False) | given, jenga=False, runner=RUNNER)
+    assert kept["answers"] == stock["answers"]
+
+    # Memory for about two conversations: states are given up, evicted and overwritten, and never wrong.
+    given = {"chats": chats(special(granite), turns=3, systems=3)}
+    short = run(tmp_path, "short", spec(granite, 8) | given, jenga=True, runner=RUNNER)
+    assert short["evicted"] > 0
+    assert short["live_after"] == 0
+    assert sum(cached for turns in short["hits"] for _, cached in turns) > 0
+    again = run(tmp_path, "again", spec(granite, 64, caching=False) | given, jenga=False, runner=RUNNER)
+    assert short["answers"] == again["answers"]
+
+
+def test_chats_on_windows(gemma: Path, tmp_path: Path) -> None:
+    """Sliding windows are kept at the same places; `checkpoints` settings turn that off."""
+    given = {"chats": chats(special(gemma), turns=3)}
+    kept = run(tmp_path, "kept", spec(gemma, 64) | given, jenga=True, runner=RUNNER)
+    check_hits(kept)
+    off = {"additional_config": {"jenga": {"checkpoints": {"turns": False, "answers": False}}}}
+    less = run(tmp_path, "less", spec(gemma, 64, **off) | given, jenga=True, runner=RUNNER)
+    assert kept["answers"] == less["answers"]
+    spared = [sum(cached for turns in result["hits"] for _, cached in turns) for result in (kept, less)]
+    assert spared[0] > spared[1] > 0
+
+
+def test_settings_name_what_is_wrong(gemma: Path, tmp_path: Path) -> None:
+    wrong = {"additional_config": {"jenga": {"checkpoints": {"turn": False}}}}
+    with pytest.raises(RuntimeError, match=r"additional_config\.jenga\.checkpoints\.turn = False: .*not permitted"):
+        run(tmp_path, "wrong", spec(gemma, 64, **wrong) | {"chats": []}, jenga=True, runner=RUNNER)
