@@ -124,7 +124,8 @@ def install() -> None:
         stock: int = original(
             self, request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
         )
-        checkpoints = getattr(self.kv_cache_manager.coordinator, "checkpoints", None)
+        manager = getattr(self, "kv_cache_manager", None)  # vLLM's tests call this with less than a scheduler
+        checkpoints = getattr(manager and manager.coordinator, "checkpoints", None)
         if checkpoints is None or num_new_tokens <= 1:
             return stock
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens

@@ -53,26 +53,30 @@ class Planner:
     # -- replacements ---------------------------------------------------------------------------------------
 
     def get_kv_cache_configs(
-        self, config: VllmConfig, specs: list[dict[str, KVCacheSpec]], memory: list[int]
+        self, vllm_config: VllmConfig, kv_cache_specs: list[dict[str, KVCacheSpec]], available_memory: list[int]
     ) -> list[KVCacheConfig]:
         """Plan for all workers; the geometry is chosen for the smallest worker's memory (bytes)."""
-        with self._planning_for(min((m for m in memory if m > 0), default=ASSUMED_MEMORY)):
-            planned = self._vllm.get_kv_cache_configs(config, specs, memory)
+        with self._planning_for(min((m for m in available_memory if m > 0), default=ASSUMED_MEMORY)):
+            planned = self._vllm.get_kv_cache_configs(vllm_config, kv_cache_specs, available_memory)
         if planned and isinstance(planned[0], JengaKVCacheConfig):
-            report.announce(config, planned[0], self._stock_concurrency(config, specs, memory))
+            report.announce(
+                vllm_config, planned[0], self._stock_concurrency(vllm_config, kv_cache_specs, available_memory)
+            )
         return planned
 
-    def get_kv_cache_groups(self, config: VllmConfig, specs: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
+    def get_kv_cache_groups(
+        self, vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]
+    ) -> list[KVCacheGroupSpec]:
         """One group per layer type with its exact place in the large page, or vLLM's own groups."""
-        if not specs:
-            return self._vllm.get_kv_cache_groups(config, specs)
-        obstacle = config_obstacle(config) or spec_obstacle(specs)
-        groups = [] if obstacle else bucket_layers(specs)
+        if not kv_cache_spec:
+            return self._vllm.get_kv_cache_groups(vllm_config, kv_cache_spec)
+        obstacle = config_obstacle(vllm_config) or spec_obstacle(kv_cache_spec)
+        groups = [] if obstacle else bucket_layers(kv_cache_spec)
         if len(groups) < 2:
             logger.info_once(
                 "Jenga: vLLM's own memory manager stays in charge: %s", obstacle or "all layers need the same memory"
             )
-            return self._vllm.get_kv_cache_groups(config, specs)
+            return self._vllm.get_kv_cache_groups(vllm_config, kv_cache_spec)
         layout = choose_layout(describe(groups), self._memory)
         return [
             JengaGroupSpec(
@@ -85,41 +89,47 @@ class Planner:
             for index, group in enumerate(groups)
         ]
 
-    def pool_bytes_per_block(self, config: VllmConfig, groups: list[KVCacheGroupSpec]) -> int:
+    def pool_bytes_per_block(self, vllm_config: VllmConfig, kv_cache_groups: list[KVCacheGroupSpec]) -> int:
         """Bytes of the unit that `num_blocks` counts: the large page."""
-        jenga = managed(groups)
-        return jenga[0].layout.large_page_bytes if jenga else self._vllm.pool_bytes_per_block(config, groups)
-
-    def max_memory_usage_bytes_from_groups(self, config: VllmConfig, groups: list[KVCacheGroupSpec]) -> int:
-        """Bytes that one request of the maximum length needs when it has the buffer to itself."""
-        jenga = managed(groups)
+        jenga = managed(kv_cache_groups)
         if not jenga:
-            return self._vllm.max_memory_usage_bytes_from_groups(config, groups)
-        return jenga[0].layout.large_page_bytes * sum(cdiv(max_pages(config, g), g.place.ratio) for g in jenga)
+            return self._vllm.pool_bytes_per_block(vllm_config, kv_cache_groups)
+        return jenga[0].layout.large_page_bytes
 
-    def get_max_concurrency_for_kv_cache_config(self, config: VllmConfig, planned: KVCacheConfig) -> float:
+    def max_memory_usage_bytes_from_groups(
+        self, vllm_config: VllmConfig, kv_cache_groups: list[KVCacheGroupSpec]
+    ) -> int:
+        """Bytes that one request of the maximum length needs when it has the buffer to itself."""
+        jenga = managed(kv_cache_groups)
+        if not jenga:
+            return self._vllm.max_memory_usage_bytes_from_groups(vllm_config, kv_cache_groups)
+        return jenga[0].layout.large_page_bytes * sum(cdiv(max_pages(vllm_config, g), g.place.ratio) for g in jenga)
+
+    def get_max_concurrency_for_kv_cache_config(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> float:
         """Requests of the maximum length that fit side by side (they share large pages)."""
-        if not isinstance(planned, JengaKVCacheConfig):
-            return self._vllm.get_max_concurrency_for_kv_cache_config(config, planned)
-        return (planned.num_blocks - 1) / sum(max_pages(config, g) / g.place.ratio for g in planned.jenga_groups)
+        if not isinstance(kv_cache_config, JengaKVCacheConfig):
+            return self._vllm.get_max_concurrency_for_kv_cache_config(vllm_config, kv_cache_config)
+        return (kv_cache_config.num_blocks - 1) / sum(
+            max_pages(vllm_config, g) / g.place.ratio for g in kv_cache_config.jenga_groups
+        )
 
     def get_kv_cache_config_from_groups(
-        self, config: VllmConfig, groups: list[KVCacheGroupSpec], memory: int
+        self, vllm_config: VllmConfig, kv_cache_groups: list[KVCacheGroupSpec], available_memory: int
     ) -> KVCacheConfig:
         """Place every layer: page ``b`` of a group starts at ``b * stride``, its layers side by side in it."""
-        jenga = managed(groups)
+        jenga = managed(kv_cache_groups)
         if not jenga:
-            return self._vllm.get_kv_cache_config_from_groups(config, groups, memory)
-        layout = config.cache_config.get_resolved_kv_cache_layout()
+            return self._vllm.get_kv_cache_config_from_groups(vllm_config, kv_cache_groups, available_memory)
+        layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
         if not layout.is_block_compact:
             raise ValueError(
                 f"VLLM_KV_CACHE_LAYOUT={layout.name} spreads a page over the buffer, but Jenga's pages are compact. "
                 "Unset it, set it to LBNHC or LBHNC, or turn Jenga off with JENGA=0."
             )
         large = jenga[0].layout.large_page_bytes
-        override = config.cache_config.num_gpu_blocks_override
-        num_blocks = kv_cache_utils.may_override_num_blocks(config, memory // large)
-        if override is not None and memory == 0:
+        override = vllm_config.cache_config.num_gpu_blocks_override
+        num_blocks = kv_cache_utils.may_override_num_blocks(vllm_config, available_memory // large)
+        if override is not None and available_memory == 0:
             # Profiling wants one page per sequence in every group, not one large page.
             num_blocks = 1 + cdiv(override, min(jenga[0].layout.ratios))
         tensors = []
@@ -143,31 +153,33 @@ class Planner:
             num_blocks=num_blocks,
             kv_cache_tensors=tensors,
             kv_cache_groups=list(jenga),
-            prefix_cache_retention_interval=config.cache_config.prefix_cache_retention_interval,
-            checkpoints=checkpoints.options(config),
+            prefix_cache_retention_interval=vllm_config.cache_config.prefix_cache_retention_interval,
+            checkpoints=checkpoints.options(vllm_config),
         )
 
     def check_enough_kv_cache_memory(
         self,
-        memory: int,
-        needed: Callable[[], int],
+        available_memory: int,
+        get_needed_memory: Callable[[], int],
         max_model_len: int,
-        estimate: Callable[[int], int],
+        estimate_max_model_len: Callable[[int], int],
     ) -> None:
         """vLLM's check that one request fits, with sizes that can be read and acted upon.
 
         Raises:
             ValueError: names the memory, what is needed, and the settings to change.
         """
-        bytes_needed = needed() if memory > 0 else 0
-        if memory > 0 and bytes_needed <= memory:
+        bytes_needed = get_needed_memory() if available_memory > 0 else 0
+        if available_memory > 0 and bytes_needed <= available_memory:
             return
-        if memory <= 0:
-            self._vllm.check_enough_kv_cache_memory(memory, needed, max_model_len, estimate)
-        fits = estimate(memory)
+        if available_memory <= 0:
+            self._vllm.check_enough_kv_cache_memory(
+                available_memory, get_needed_memory, max_model_len, estimate_max_model_len
+            )
+        fits = estimate_max_model_len(available_memory)
         shorter = f", or lower max_model_len to {fits:,} or less" if fits > 0 else ""
         raise ValueError(
-            f"KV cache memory of {memory / 2**20:,.1f} MiB (null page deducted) does not hold one request of "
+            f"KV cache memory of {available_memory / 2**20:,.1f} MiB (null page deducted) does not hold one request of "
             f"max_model_len={max_model_len:,} tokens, which needs {bytes_needed / 2**20:,.1f} MiB. Raise "
             f"kv_cache_memory_bytes (or gpu_memory_utilization){shorter}."
         )

@@ -34,6 +34,13 @@ def test_installed_vllm_has_every_planner_seam() -> None:
         adapter.check_seam(getattr(kv_cache_utils, name), parameters)
 
 
+def test_replacements_take_vllms_own_parameters_by_name() -> None:
+    from jenga.vllm_plugin.planning import Planner
+
+    for name, parameters in adapter._PLANNER_SEAMS.items():
+        adapter.check_seam(getattr(Planner, name.lstrip("_")), ("self", *parameters))
+
+
 def test_switch_takes_only_0_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JENGA", "yes")
     with pytest.raises(ValueError, match=r"JENGA='yes': use 1 .* or 0"):
