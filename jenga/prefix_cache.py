@@ -330,7 +330,7 @@ class PrefixCache:
             self.pool.expect(counts)
             for g, indices in enumerate(new):
                 if indices:
-                    pages = self.pool.allocate(g, len(indices))
+                    pages = self._allocate(g, indices, tokens)
                     sequence.pages[g].update(zip(indices, pages, strict=True))
                     refs = self._refs[g]
                     for page in pages:
@@ -428,6 +428,20 @@ class PrefixCache:
         if self.groups[g].policy.token_pages:
             return range(sequence.ends[g], self._end(g, tokens, sequence.image_tokens))
         return () if self._running_state(g, sequence) is not None else ((tokens - 1) // size,)
+
+    def _allocate(self, g: int, indices: Sequence[int], tokens: int) -> list[int]:
+        """Pages for `indices` of a sequence that grows to `tokens` tokens.
+
+        Of a window that slides over a long chunk nearly all pages are dropped after the step, and whole large pages
+        come back whole.  What stays is asked page by page, so that it fills slots beside others' pages: a large page
+        of its own would be left nearly empty.
+        """
+        first = self._resident(g, tokens)
+        passing = sum(1 for i in indices if i < first)
+        if not passing:
+            return self.pool.allocate(g, len(indices))
+        staying = [page for _ in range(len(indices) - passing) for page in self.pool.allocate(g, 1)]
+        return self.pool.allocate(g, passing) + staying
 
     def _give_up_checkpoints(self, sequence: _Sequence, new: list[Sequence[int]], counts: list[int]) -> bool:
         """If that makes room, let states move on in their pages although hits could use what those hold now.

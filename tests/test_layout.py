@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from jenga.layout import (
     MAX_PADDING,
+    STRANDING,
+    TYPICAL_TOKENS,
     GroupLayout,
     LayerGroup,
     Layout,
@@ -51,11 +53,17 @@ def assert_tiles(layout, groups):
 
 @given(group_lists(), st.sampled_from([1 << 20, MEMORY, 1 << 40]))
 def test_chosen_layout(groups, memory):
-    layout = choose_layout(groups, memory)
+    try:
+        layout = choose_layout(groups, memory)
+    except LayoutError:
+        assert all(large > memory for large, _ in padded_layouts(groups))
+        return
     assert_tiles(layout, groups)
     exact = exact_layout(groups, memory)
-    assert cost(layout) <= cost(exact)
-    assert layout.large_pages(memory) * layout.large_page_bytes <= memory
+    assert 0 < layout.large_pages(memory) * layout.large_page_bytes <= memory
+    if exact.large_pages(memory) > len(groups):
+        assert layout.large_pages(memory) > len(groups)
+        assert cost(layout) <= cost(exact)
     if layout != exact:
         assert all(g.padding <= MAX_PADDING * g.stride for g in layout.groups)
 
@@ -105,6 +113,36 @@ def test_expected_padding_by_hand():
     # One group, 1000 of 1024 bytes used at every length.
     layout = choose_layout([group("g", 1000, alignment=1024)], MEMORY)
     assert layout.expected_padding == pytest.approx(24 / 1024)
+
+
+def test_padding_counts_at_its_worst_length():
+    # A state of 58,000 bytes in the place of 64,000: most of a sequence of 512 tokens, little of a long one.
+    groups = [group("full", 1000, alignment=1000), group("state", 58_000, RecurrentState(), alignment=64_000)]
+    layout = exact_layout(groups, MEMORY)
+    assert layout.ratios == (64, 1)
+    assert min(TYPICAL_TOKENS) == 512
+    assert layout.expected_padding == pytest.approx(6_000 / (64_000 + 32 * 1000))
+
+
+def test_windows_that_slide_cost_free_slots():
+    """A window page of its own size in the large page strands nothing; several in one do."""
+    window = group("window", 5000, SlidingWindow(1024))
+    full = group("full", 1000)
+    alone = choose_layout([window, full], 1 << 40)  # ratio 1 for windows, 5 for full attention
+    assert alone.ratios == (1, 5)
+    assert alone.expected_stranded < 0.001
+    shared = exact_layout([group("window", 5000, SlidingWindow(1024)), group("full", 6000)], 1 << 40)
+    assert shared.ratios == (6, 5)
+    assert 0.002 < shared.expected_stranded < STRANDING
+
+
+def test_a_large_page_must_fit():
+    groups = [group("attention", 16 << 10), group("state", 265 << 10, RecurrentState())]
+    # Exact pages of 4.2 MiB fit once or twice, and would leave a group without one.
+    layout = choose_layout(groups, 6 << 20)
+    assert layout.large_pages(6 << 20) > len(groups)
+    with pytest.raises(LayoutError, match=r"300000 bytes .* attention, state takes .* give at least"):
+        choose_layout([group("attention", 16 << 10), group("state", 400 << 10, RecurrentState())], 300_000)
 
 
 def test_bytes_needed():

@@ -237,3 +237,17 @@ def test_a_checkpoint_gives_way_to_the_request_that_made_it() -> None:
             cache.end_step()
         cache.release(1)
         assert cache.lookup(keys, 29).hit.tokens == hit
+
+
+def test_what_stays_of_a_window_fills_slots_beside_others() -> None:
+    """Four prompts of 40 pages slide through a window of 4: the last pages of all share large pages of 8."""
+    allocator = TwoLevelAllocator(40, [8], reserved=0)
+    cache = PrefixCache([Group(SlidingWindow(64), 16)], lambda _: allocator)
+    for request in range(4):
+        cache.admit(request, [[]], cache.no_match(), 640)
+        cache.grow(request, 640)
+        cache.end_step()
+    held = [page for request in range(4) for page in cache.pages(request, 0).values()]
+    assert len(held) == 4 * 4
+    assert len({page // 8 for page in held}) == 2
+    assert allocator.usage().groups[0].stranded == 0

@@ -8,9 +8,9 @@ from math import gcd, lcm
 
 from jenga.grouping import Grouping, choose_grouping
 from jenga.layers import LayerType
-from jenga.layout import LayerGroup
+from jenga.layout import LayerGroup, LayoutError
 from jenga.policies import FullAttention, LatentAttention, LatentIndexer
-from jenga.strategies.base import Plan, Share, Workload, group_of, require_pages
+from jenga.strategies.base import Plan, PlanError, Share, Workload, group_of, require_pages
 from jenga.strategies.pools import TwoLevel
 
 NAME = "jenga"
@@ -24,7 +24,10 @@ def plan(model: str, types: Sequence[LayerType], memory_bytes: int, workload: Wo
     for shares in merged:
         size = tokens if shares[0].type.is_state else lcm(*(s.type.block_tokens for s in shares))
         whole.append(group_of(" + ".join(s.type.name for s in shares), shares, size))
-    grouping = choose_grouping(whole, memory_bytes, [gcd(*(s.layers for s in shares)) for shares in merged])
+    try:
+        grouping = choose_grouping(whole, memory_bytes, [gcd(*(s.layers for s in shares)) for shares in merged])
+    except LayoutError as error:
+        raise PlanError(f"{model}, strategy {NAME}: {error} (--tp)") from None
     layout = grouping.layout
     contents = tuple(
         tuple(Share(s.type, s.layers // parts) for s in shares)

@@ -338,15 +338,15 @@ class ChunkedPool:
     def _place(self, pages: Sequence[int], pinned: Sequence[set[int]]) -> bool:
         """Whether the pages fit into the gaps between live (and pinned) pages."""
         wanted = [(span, count) for span, count, _ in self._wanted(pages)]
-        if self._runs.pack(wanted) is not None:
+        if not self._runs.pack(wanted)[1]:
             return True
         kept = [(page, span) for span, group in zip(self._spans, pinned, strict=True) for page in group]
         for page, span in kept:
             self._gaps.claim(page, span)
-        placed = self._gaps.pack(wanted)
+        _, homeless = self._gaps.pack(wanted)
         for page, span in kept:
             self._gaps.give(page, span)
-        return placed is not None
+        return not homeless
 
     def fits(self, pages: Sequence[int], pins: Sequence[Iterable[int]] = ()) -> bool:
         return self.large_pages_needed(pages, pins) <= self.available
@@ -360,12 +360,16 @@ class ChunkedPool:
         wanted = self._wanted(pages)
         needed = sum(span * count for span, count, _ in wanted)
         while True:
-            enough = self._runs.free >= needed
-            placed = self._runs.pack([(span, count) for span, count, _ in wanted]) if enough else None
-            if placed is not None or not self._order:
+            while self._runs.free < needed and self._order:
+                self._evict(*next(iter(self._order)))
+            placed, homeless = self._runs.pack([(span, count) for span, count, _ in wanted])
+            if not homeless or not self._order:
                 break
-            self._evict(*next(iter(self._order)))
-        for (span, _, group), starts in zip(wanted, placed or [], strict=False):
+            # Looking for places costs much more than an eviction, and half of what has none is surely not enough.
+            enough = self._runs.free + -(-homeless // 2)
+            while self._runs.free < enough and self._order:
+                self._evict(*next(iter(self._order)))
+        for (span, _, group), starts in zip(wanted, placed if not homeless else [], strict=False):
             for start in starts:
                 self._runs.claim(start, span)
             self._aside[group] = starts

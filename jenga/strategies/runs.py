@@ -25,8 +25,8 @@ class FreeRuns:
             for start in self._starts[length]:
                 yield start, length
 
-    def pack(self, wanted: Sequence[tuple[int, int]]) -> list[list[int]] | None:
-        """Places for ``wanted[i] = (span, count)``, spans falling: first chunks by `i`, or None if they do not all fit.
+    def pack(self, wanted: Sequence[tuple[int, int]]) -> tuple[list[list[int]], int]:
+        """Places for ``wanted[i] = (span, count)``, spans falling: first chunks by `i`, and the chunks without a place.
 
         Fills one run after the other, with the longest spans first.  Takes nothing.
         """
@@ -42,7 +42,7 @@ class FreeRuns:
                 start += number * span
                 length -= number * span
                 missing -= number
-        return None if missing else placed
+        return placed, sum((count - len(starts)) * span for (span, count), starts in zip(wanted, placed, strict=True))
 
     def claim(self, start: int, span: int) -> None:
         """Take the chunks ``[start, start + span)``, which must be free."""

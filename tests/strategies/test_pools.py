@@ -198,20 +198,12 @@ def test_runs_merge_and_split() -> None:
     assert runs.take(11) is None
     runs.claim(4, 2)
     assert runs.free == 8
-    assert runs.pack([(4, 2)]) == [[0, 6]]
-    assert runs.pack([(5, 1)]) is None
-    assert (
-        runs.pack([(3, 1), (1, 5)])
-        == [
-            [
-                0,
-            ],
-            [3, 6, 7, 8, 9],
-        ]
-        or runs.free == 8
-    )
+    assert runs.pack([(4, 2)]) == ([[0, 6]], 0)
+    assert runs.pack([(5, 1)]) == ([[]], 5)
+    assert runs.pack([(3, 1), (1, 5)]) == ([[0], [3, 6, 7, 8, 9]], 0)
+    assert runs.free == 8  # packing takes nothing
     runs.give(4, 2)
-    assert runs.pack([(10, 1)]) == [[0]]
+    assert runs.pack([(10, 1)]) == ([[0]], 0)
 
 
 def test_hits_stand_in_the_way() -> None:
