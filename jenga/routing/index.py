@@ -178,8 +178,6 @@ class BlockIndex:
         if snapshot.sequence < stream.sequencer.due and not stream.broken and stream.rule is not None:
             return self._need(stream)  # older than what is known
         self._retire(stream)
-        if snapshot.sequence < stream.sequencer.due:  # batches from here on come again, by replay
-            stream.sequencer.exists(stream.sequencer.due - 1)
         stream.broken = False
         if snapshot.rule is not None:
             self._set_rule(stream, snapshot.rule)
