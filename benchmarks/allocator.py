@@ -1,16 +1,17 @@
 """Times the memory manager against vLLM's, in one process.
 
-    python benchmarks/allocator.py [--requests 8 64 256] [--repeats 5] [--json results/allocator.json]
+    python benchmarks/allocator.py [--models NAME ...] [--requests 8 64 256] [--repeats 5] [--json FILE]
 
 Three tables of processor time, every figure the median over repeats with the smallest and largest beside it:
 
-1. a scheduler step: vLLM's `KVCacheManager` on its own coordinator and on Jenga's, same requests, same bytes;
-2. single operations: `BlockPool` and `TwoLevelAllocator` alone, both with an index of what is cached;
-3. `TwoLevelAllocator` in pools of growing size, random pages: it must stay flat, but for what the processor's caches
-   cost, and that shows in vLLM's pool as well.
+1. the memory manager's part of a scheduler step, call by call, under the load of `scheduler_step.py`: vLLM's
+   `KVCacheManager` on its own coordinator and on Jenga's, the same requests, the same bytes, in turns;
+2. single operations: `BlockPool` and `TwoLevelAllocator` alone, in turns, both with an index of what is cached;
+3. `TwoLevelAllocator` in pools of growing size, random pages.  Beside it a yardstick: as many plain dicts in a list,
+   one key put into and taken from random ones.  What that loses in a big heap, the processor's caches lose.
 
-The model is Gemma-3-27B's shape: 52 layers with a window of 1,024 tokens and 10 of full attention, pages of 16 tokens.
-vLLM 0.32 makes seven groups of it, Jenga two.
+The models are Gemma-3-27B (sliding windows; vLLM 0.32 makes seven groups of it, Jenga two) and Falcon-H1-34B (attention
+and recurrent states; two groups each, in blocks of 2,064 and of 16 tokens).
 """
 
 from __future__ import annotations
@@ -18,221 +19,108 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import random
-import statistics
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from vllm.sampling_params import SamplingParams
+from scheduler_step import BATCHED_TOKENS, PROMPT, SIDES, WARM_STEPS, Engine, Figure, Planner
 from vllm.utils.hashing import sha256
-from vllm.v1.core import kv_cache_coordinator, kv_cache_manager
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.core.kv_cache_utils import init_none_hash
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec, iter_layer_specs
 from vllm.v1.request import Request, RequestStatus
 
 from jenga.allocator import TwoLevelAllocator
 from jenga.hits import GroupCache, longest_common_hit
-from jenga.layout import choose_layout
-from jenga.policies import FullAttention, SlidingWindow
-from jenga.vllm_plugin import coordinator as jenga_coordinator
-from jenga.vllm_plugin.config import JengaGroupSpec, JengaKVCacheConfig
-from jenga.vllm_plugin.groups import describe
+from jenga.models import ModelSpec
+from jenga.vllm_plugin.config import JengaKVCacheConfig
 
-PAGE_TOKENS, WINDOW = 16, 1024
-FULL_LAYERS, WINDOW_LAYERS = 10, 52
-PROMPT, SHARED, FAMILIES = 1024, 512, 8
-OUTPUT = (64, 192)
-MAX_LEN = 4096
-WARM_STEPS, STEPS = 120, 200
-
-Samples = dict[str, list[float]]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Median over repeats, with the smallest and the largest."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Figure:
-        return cls(statistics.median(values), min(values), max(values))
-
-    def __str__(self) -> str:
-        digits = 0 if self.median >= 100 else 2
-        return f"{self.median:,.{digits}f} ({self.low:,.{digits}f} to {self.high:,.{digits}f})"
+STEPS = 200
+Times = dict[str, float]
 
 
 # -- 1. a scheduler step ------------------------------------------------------------------------------------------
 
 
-def specs() -> tuple[FullAttentionSpec, SlidingWindowSpec]:
-    shape: dict[str, Any] = {"block_size": PAGE_TOKENS, "num_kv_heads": 16, "head_size": 128, "dtype": torch.bfloat16}
-    return FullAttentionSpec(**shape), SlidingWindowSpec(**shape, sliding_window=WINDOW)
+class Stopwatch:
+    """Adds up the time of a memory manager's calls, less what looking at the clock takes."""
+
+    def __init__(self, manager: Any) -> None:
+        self.spent: defaultdict[str, float] = defaultdict(float)
+        begin = time.thread_time()
+        for _ in range(1000):
+            time.thread_time()
+        self.look = (time.thread_time() - begin) / 1000
+        for call in ("new_step_starts", "get_computed_blocks", "allocate_slots", "free"):
+            setattr(manager, call, self.timed(call, getattr(manager, call)))
+
+    def timed(self, call: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        names = {"new_step_starts": "new step", "get_computed_blocks": "hit lookup", "free": "free"}
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            name = names.get(call) or self.kind_of(args[0])
+            begin = time.thread_time()
+            result = function(*args, **kwargs)
+            self.spent[name] += time.thread_time() - begin - self.look
+            return result
+
+        return wrapped
+
+    @staticmethod
+    def kind_of(request: Request) -> str:
+        return "grow" if request.status == RequestStatus.RUNNING else "admit"
 
 
-def stock_config(memory: int) -> KVCacheConfig:
-    """vLLM 0.32's plan: groups of as many layers as the smallest type has, one pool of equal blocks."""
-    full, window = specs()
-    groups = [KVCacheGroupSpec([f"full.{i}" for i in range(FULL_LAYERS)], full)]
-    count = -(-WINDOW_LAYERS // FULL_LAYERS)
-    groups += [KVCacheGroupSpec([f"window.{i}" for i in range(g, WINDOW_LAYERS, count)], window) for g in range(count)]
-    return KVCacheConfig(memory // (FULL_LAYERS * full.page_size_bytes), [], groups)
-
-
-def jenga_config(memory: int) -> JengaKVCacheConfig:
-    full, window = specs()
-    groups = [
-        KVCacheGroupSpec([f"full.{i}" for i in range(FULL_LAYERS)], full),
-        KVCacheGroupSpec([f"window.{i}" for i in range(WINDOW_LAYERS)], window),
-    ]
-    layout = choose_layout(describe(groups), memory)
-    placed = [JengaGroupSpec(g.layer_names, g.kv_cache_spec, layout=layout, index=i) for i, g in enumerate(groups)]
-    return JengaKVCacheConfig(memory // layout.large_page_bytes, [], list(placed))
-
-
-def request_memory() -> int:
-    """Bytes that one request at its longest needs, both layer types exact."""
-    full, window = specs()
-    tokens = PROMPT + OUTPUT[1]
-    pages = -(-tokens // PAGE_TOKENS)
-    return FULL_LAYERS * pages * full.page_size_bytes + WINDOW_LAYERS * (
-        min(pages, WINDOW // PAGE_TOKENS + 1) * window.page_size_bytes
-    )
-
-
-class Requests:
-    """An endless stream of requests, half of each prompt shared with others of its family."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.hasher = get_request_block_hasher(PAGE_TOKENS, sha256)
-        self.families = [self.tokens(SHARED) for _ in range(FAMILIES)]
-        self.count = 0
-
-    def tokens(self, count: int) -> list[int]:
-        return [self.random.randrange(100_000) for _ in range(count)]
-
-    def next(self) -> tuple[Request, int]:
-        """A request and how many tokens it will generate."""
-        self.count += 1
-        request = Request(
-            request_id=str(self.count),
-            prompt_token_ids=self.random.choice(self.families) + self.tokens(PROMPT - SHARED),
-            sampling_params=SamplingParams(max_tokens=OUTPUT[1]),
-            pooling_params=None,
-            block_hasher=self.hasher,
-        )
-        return request, self.random.randint(*OUTPUT)
-
-
-def scheduler_steps(config: KVCacheConfig, requests: int, seed: int) -> Samples:
-    """Microseconds per step, whole and by call, of a full house of `requests` running requests."""
-    manager = kv_cache_manager.KVCacheManager(
-        config,
-        max_model_len=MAX_LEN,
-        scheduler_block_size=PAGE_TOKENS,
-        hash_block_size=PAGE_TOKENS,
-        max_in_flight_tokens=8192,
-        enable_caching=True,
-    )
-    stream = Requests(seed)
-    running: dict[Request, int] = {}
-    samples: Samples = defaultdict(list)
-    clock = time.thread_time  # other processes of a busy machine do not count
+def step_times(planner: Planner, model: ModelSpec, requests: int, seed: int) -> dict[str, Times]:
+    """Microseconds per step by side and call, the two sides in turns."""
+    engines = {
+        side: Engine(*planner.scheduler(model, requests, side == "jenga"), requests=requests, seed=seed)
+        for side in SIDES
+    }
+    for _ in range(requests * PROMPT // BATCHED_TOKENS + WARM_STEPS):
+        for engine in engines.values():
+            engine.step()
+    watches = {side: Stopwatch(engine.scheduler.kv_cache_manager) for side, engine in engines.items()}
     gc.collect()
     gc.disable()
-    for step in range(WARM_STEPS + STEPS):
-        spent: dict[str, float] = defaultdict(float)
-        # The scheduler creates requests and appends tokens: not timed, the same for both.
-        waiting = [stream.next() for _ in range(requests - len(running) if step else requests)]
-        begin = clock()
-        manager.new_step_starts()
-        spent["new step"] += clock() - begin
-        if step % 10 == 0:
-            begin = clock()
-            for request in running:
-                manager.coordinator.get_num_blocks_to_allocate(
-                    request.request_id,
-                    request.num_tokens,
-                    manager.empty_kv_cache_blocks.blocks,
-                    0,
-                    request.num_computed_tokens,
-                    request.num_computed_tokens,
-                    request.num_tokens,
-                )
-            admit = clock() - begin
-            if running and step >= WARM_STEPS:
-                samples["admit, per request"].append(admit / len(running) * 1e6)
-        begin = clock()
-        grown = [manager.allocate_slots(request, 1) for request in running]
-        spent["grow"] += clock() - begin
-        assert all(blocks is not None for blocks in grown), "the pool is too small for the requests"
-        begin = clock()
-        for request, _ in waiting:
-            manager.get_computed_blocks(request)
-        looked = clock() - begin
-        begin = clock()
-        for request, _ in waiting:
-            blocks, computed, _ = manager.get_computed_blocks(request)
-            granted = manager.allocate_slots(request, request.num_tokens - computed, computed, blocks)
-            assert granted is not None, "the pool is too small for the requests"
-        spent["admission, lookup included"] += clock() - begin
-        for request, length in waiting:
-            request.status = RequestStatus.RUNNING
-            running[request] = length
-        for request in running:
-            request.num_computed_tokens = request.num_tokens
-            request.append_output_token_ids(stream.random.randrange(100_000))
-        ended = [r for r, length in running.items() if r.num_output_tokens >= length]
-        begin = clock()
-        for request in ended:
-            manager.free(request)
-        spent["free"] += clock() - begin
-        for request in ended:
-            del running[request]
-        if step >= WARM_STEPS:
-            samples["whole step"].append(sum(spent.values()) * 1e6)
-            for call, seconds in spent.items():
-                samples[call].append(seconds * 1e6)
-            if waiting:
-                samples["hit lookup, per request"].append(looked / len(waiting) * 1e6)
+    for number in range(STEPS):
+        for side in SIDES if number % 2 else SIDES[::-1]:
+            engines[side].step()
     gc.enable()
-    return samples
+    calls = ("new step", "grow", "hit lookup", "admit", "free")
+    return {
+        side: {call: watch.spent[call] / STEPS * 1e6 for call in calls}
+        | {"all calls": sum(watch.spent.values()) / STEPS * 1e6}
+        for side, watch in watches.items()
+    }
 
 
 # -- 2. single operations -----------------------------------------------------------------------------------------
 
-PROMPT_PAGES = PROMPT // PAGE_TOKENS
+
+def pages_held(planned: KVCacheConfig) -> list[int]:
+    """Pages that a prompt of `PROMPT` tokens fills, by group (of states: one)."""
+    specs = [next(iter(iter_layer_specs(g.kv_cache_spec))) for g in planned.kv_cache_groups]
+    return [1 if isinstance(s, MambaSpec) else -(-PROMPT // s.block_size) for s in specs]
 
 
-def stock_operations(requests: int, seed: int) -> dict[str, float]:
-    """Microseconds per request of 1,024 tokens, in a pool that holds all of them and no more."""
-    groups = 1 + -(-WINDOW_LAYERS // FULL_LAYERS)
-    pool = BlockPool(requests * groups * PROMPT_PAGES + 1, enable_caching=True, hash_block_size=PAGE_TOKENS)
-    stream = Requests(seed)
-    work = [stream.next()[0] for _ in range(requests)]
+def stock_operations(planned: KVCacheConfig, requests: int, prompts: list[Request]) -> Times:
+    """Microseconds per request, in a pool that holds all of them and no more."""
+    held_by = pages_held(planned)
+    pool = BlockPool(requests * sum(held_by) + 1, enable_caching=True, hash_block_size=PROMPT // max(held_by))
     held: list[list[Any]] = []
 
     def allocate() -> None:
-        for _ in work:
-            held.append([pool.get_new_blocks(PROMPT_PAGES) for _ in range(groups)])
+        for _ in range(requests):
+            held.append([pool.get_new_blocks(count) for count in held_by])
 
     def free() -> None:
         for blocks in held:
@@ -245,9 +133,9 @@ def stock_operations(requests: int, seed: int) -> dict[str, float]:
                 pool.touch(row)
 
     figures = {"allocate": seconds(allocate)}
-    for request, blocks in zip(work, held, strict=True):
+    for request, blocks in zip(prompts, held, strict=True):
         for group, row in enumerate(blocks):
-            pool.cache_full_blocks(request, row, 0, PROMPT_PAGES, PAGE_TOKENS, group)
+            pool.cache_full_blocks(request, row, 0, len(row), PROMPT // len(row), group)
     figures["free (kept)"] = seconds(free)
     figures["revive"] = seconds(revive)
     free()
@@ -256,11 +144,10 @@ def stock_operations(requests: int, seed: int) -> dict[str, float]:
     return {name: value / requests * 1e6 for name, value in figures.items()}
 
 
-def jenga_operations(requests: int, seed: int) -> dict[str, float]:
+def jenga_operations(planned: JengaKVCacheConfig, requests: int) -> Times:
     """The same for `TwoLevelAllocator`, whose evictions take their entry out of a dict of hashes."""
-    del seed
-    ratios = jenga_config(1 << 40).ratios
-    large = requests * sum(-(-PROMPT_PAGES // r) for r in ratios) + 1
+    ratios, held_by = planned.ratios, pages_held(planned)
+    large = requests * sum(-(-pages // r) for r, pages in zip(ratios, held_by, strict=True)) + 1
     index: list[dict[int, int]] = [{} for _ in ratios]
     pool = TwoLevelAllocator(large, ratios, on_evict=lambda group, page: index[group].pop(page, None))
     held: list[list[list[int]]] = []
@@ -268,14 +155,19 @@ def jenga_operations(requests: int, seed: int) -> dict[str, float]:
 
     def allocate() -> None:
         for _ in range(requests):
-            held.append([pool.allocate(g, PROMPT_PAGES) for g in groups])
+            held.append([pool.allocate(g, held_by[g]) for g in groups])
 
     def free() -> None:
         pool.tick()
         for pages in held:
             for g in groups:
+                ratio, run = ratios[g], []
                 for page in reversed(pages[g]):
-                    pool.release(g, page, True)
+                    if run and page // ratio != run[0] // ratio:
+                        pool.release_run(g, run, True)
+                        run = []
+                    run.append(page)
+                pool.release_run(g, run, True)
 
     def revive() -> None:
         for pages in held:
@@ -285,7 +177,7 @@ def jenga_operations(requests: int, seed: int) -> dict[str, float]:
 
     def admit() -> None:
         for _ in range(requests):
-            pool.fits([PROMPT_PAGES] * len(ratios))
+            pool.fits(held_by)
 
     def look_up() -> None:
         for _ in range(requests):
@@ -296,8 +188,8 @@ def jenga_operations(requests: int, seed: int) -> dict[str, float]:
         for g in groups:
             index[g].update(dict.fromkeys(pages[g], 0))
     prompt = [
-        GroupCache(FullAttention(), PAGE_TOKENS, index[0].__contains__),
-        GroupCache(SlidingWindow(WINDOW), PAGE_TOKENS, index[1].__contains__),
+        GroupCache(place.group.policy, place.group.page_tokens, known.__contains__)
+        for place, known in zip(planned.layout.groups, index, strict=True)
     ]
     figures["free (kept)"] = seconds(free)
     figures["admit"] = seconds(admit)
@@ -308,6 +200,15 @@ def jenga_operations(requests: int, seed: int) -> dict[str, float]:
     figures["evict and allocate"] = seconds(allocate)
     assert sum(pool.counters().evicted_pages) > 0
     return {name: value / requests * 1e6 for name, value in figures.items()}
+
+
+def operation_times(planner: Planner, model: ModelSpec, requests: int, seed: int) -> dict[str, Times]:
+    stock, jenga = (planner.plan(model, requests, side)[1] for side in (False, True))
+    assert isinstance(jenga, JengaKVCacheConfig)
+    tokens = PROMPT // max(pages_held(stock))
+    stream = Engine(planner.scheduler(model, requests, jenga=False)[0], tokens, requests, seed)
+    prompts = [stream.request() for _ in range(requests)]
+    return {"vllm": stock_operations(stock, requests, prompts), "jenga": jenga_operations(jenga, requests)}
 
 
 def seconds(operation: Callable[[], None]) -> float:
@@ -323,7 +224,7 @@ def seconds(operation: Callable[[], None]) -> float:
 # -- 3. growing pools ---------------------------------------------------------------------------------------------
 
 
-def flatness(large_pages: int, seed: int) -> dict[str, float]:
+def pool_times(large_pages: int, seed: int) -> Times:
     """Nanoseconds per small page in a pool of `large_pages` with all of it in use, then all of it cached."""
     rng = random.Random(seed)
     ratios = (3, 2)
@@ -334,8 +235,7 @@ def flatness(large_pages: int, seed: int) -> dict[str, float]:
 
     pool = TwoLevelAllocator(large_pages, ratios, reserved=0, on_evict=count)
     pages = [pool.allocate(0, large_pages // 2 * 3), pool.allocate(1, (large_pages - large_pages // 2) * 2)]
-    count_of = min(20_000, large_pages)
-    picks = [rng.sample(p, min(count_of // 2, len(p) // 2)) for p in pages]
+    picks = [rng.sample(p, min(10_000, len(p) // 2)) for p in pages]
     touched = sum(map(len, picks))
 
     def release() -> None:
@@ -369,12 +269,12 @@ def flatness(large_pages: int, seed: int) -> dict[str, float]:
     figures["evict"] = seconds(grow)
     assert evicted[0] > before
     per_page = {name: value / touched * 1e9 for name, value in figures.items()}
-    return per_page | stock_flatness(large_pages, rng)
+    return per_page | vllm_pool_times(large_pages, rng) | yardstick(large_pages, rng)
 
 
-def stock_flatness(blocks: int, rng: random.Random) -> dict[str, float]:
-    """The same random pages in vLLM's pool: what a larger pool costs by missing the processor's caches."""
-    pool = BlockPool(blocks + 1, enable_caching=True, hash_block_size=PAGE_TOKENS)
+def vllm_pool_times(blocks: int, rng: random.Random) -> Times:
+    """The same random pages in vLLM's pool."""
+    pool = BlockPool(blocks + 1, enable_caching=True, hash_block_size=16)
     picks = rng.sample(pool.get_new_blocks(blocks), min(10_000, blocks // 2))
 
     def free() -> None:
@@ -389,94 +289,95 @@ def stock_flatness(blocks: int, rng: random.Random) -> dict[str, float]:
     return {name: value / len(picks) * 1e9 for name, value in figures.items()}
 
 
+def yardstick(size: int, rng: random.Random) -> Times:
+    """Plain Python: a list of `size` dicts."""
+    cells: list[dict[int, int]] = [{} for _ in range(size)]
+    picks = rng.sample(range(size), min(10_000, size // 2))
+
+    def put() -> None:
+        for n in picks:
+            cells[n][n] = 1
+
+    def take() -> None:
+        for n in picks:
+            del cells[n][n]
+
+    figures = {"dicts: put": seconds(put), "dicts: take": seconds(take)}
+    return {name: value / len(picks) * 1e9 for name, value in figures.items()}
+
+
 # -- report -------------------------------------------------------------------------------------------------------
 
 
-def repeated(measure: Callable[[int], dict[str, float]], repeats: int) -> dict[str, Figure]:
-    runs = [measure(seed) for seed in range(repeats)]
-    return {name: Figure.of([run[name] for run in runs]) for name in runs[0]}
-
-
-def step_figures(config: Callable[[int], KVCacheConfig], requests: int) -> Callable[[int], dict[str, float]]:
-    memory = int(1.35 * requests * request_memory()) + (2 << 30)
-
-    def measure(seed: int) -> dict[str, float]:
-        return {call: statistics.fmean(v) for call, v in scheduler_steps(config(memory), requests, seed).items()}
-
-    return measure
-
-
-def comparison(title: str, rows: dict[int, tuple[dict[str, Figure], dict[str, Figure]]]) -> Table:
-    table = Table("requests", "call", "vLLM 0.32", "Jenga", "Jenga / vLLM", title=title, min_width=110)
-    for requests, (stock, jenga) in rows.items():
-        for call, figure in jenga.items():
-            other = stock.get(call)
-            ratio = f"{figure.median / other.median:.2f}" if other and other.median else ""
-            table.add_row(str(requests), call, str(other or ""), str(figure), ratio)
-        table.add_section()
-    return table
-
-
-def plain(rows: dict[int, tuple[dict[str, Figure], dict[str, Figure]]]) -> dict[str, Any]:
-    names = ("vllm", "jenga")
+def sides(runs: list[dict[str, Times]]) -> dict[str, dict[str, Any]]:
     return {
-        str(n): {who: {call: vars(f) for call, f in side.items()} for who, side in zip(names, sides, strict=True)}
-        for n, sides in rows.items()
+        side: {call: vars(Figure.of([run[side][call] for run in runs])) for call in runs[0][side]} for side in SIDES
     }
 
 
-def measured(arguments: argparse.Namespace) -> Iterator[tuple[str, Table, Any]]:
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("measuring", total=2 * len(arguments.requests) + len(arguments.pools))
-        steps, operations, pools = {}, {}, {}
-        for n in arguments.requests:
-            progress.update(bar, description=f"scheduler steps, {n} requests")
-            steps[n] = (
-                repeated(step_figures(stock_config, n), arguments.repeats),
-                repeated(step_figures(jenga_config, n), arguments.repeats),
-            )
-            progress.advance(bar)
-        for n in arguments.requests:
-            progress.update(bar, description=f"operations, {n} requests")
-            operations[n] = (
-                repeated(lambda seed, n=n: stock_operations(n, seed), arguments.repeats),
-                repeated(lambda seed, n=n: jenga_operations(n, seed), arguments.repeats),
-            )
-            progress.advance(bar)
-        for pages in arguments.pools:
-            progress.update(bar, description=f"{pages:,} large pages")
-            pools[pages] = repeated(lambda seed, pages=pages: flatness(pages, seed), arguments.repeats)
-            progress.advance(bar)
-    yield "scheduler_step_us", comparison("Scheduler step, microseconds (mean over steps)", steps), plain(steps)
-    title = f"Single operations, microseconds per request of {PROMPT:,} tokens"
-    yield "operations_us", comparison(title, operations), plain(operations)
-    flat = Table("large pages", *next(iter(pools.values())), title="Growing pools, nanoseconds per small page")
-    for pages, figures in pools.items():
-        flat.add_row(f"{pages:,}", *map(str, figures.values()))
-    yield "flatness_ns", flat, {str(n): {call: vars(f) for call, f in row.items()} for n, row in pools.items()}
+def comparison(title: str, models: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> Table:
+    table = Table("model", "requests", "call", "vLLM 0.32", "Jenga", "Jenga / vLLM", title=title)
+    for model, rows in models.items():
+        for requests, both in rows.items():
+            for call, figure in both["jenga"].items():
+                other = both["vllm"].get(call)
+                ratio = f"{figure['median'] / other['median']:.2f}" if other else ""
+                texts = (Figure(**f).text(1) if f else "" for f in (other, figure))
+                table.add_row(model, requests, call, *texts, ratio)
+            table.add_section()
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["gemma-3-27b", "falcon-h1-34b"], metavar="NAME")
     parser.add_argument("--requests", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--pools", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, default=Path("results/allocator.json"))
     arguments = parser.parse_args()
     init_none_hash(sha256)
-    kv_cache_manager.get_kv_cache_coordinator = jenga_coordinator.replacement(
-        kv_cache_coordinator.get_kv_cache_coordinator
-    )
-    console = Console(width=200)
     report: dict[str, Any] = {
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "ratios": jenga_config(1 << 40).ratios,
         "repeats": arguments.repeats,
+        "scheduler_step_us": {},
+        "operations_us": {},
+        "pools_ns": {},
     }
-    for name, table, data in measured(arguments):
-        console.print(table)
-        report[name] = data
+    work = (("scheduler_step_us", step_times), ("operations_us", operation_times))
+    with tempfile.TemporaryDirectory() as folder, Progress(transient=True) as progress:
+        planner = Planner(Path(folder))
+        jobs = 2 * len(arguments.models) * len(arguments.requests) + len(arguments.pools)
+        bar = progress.add_task("", total=jobs * arguments.repeats)
+
+        def repeated(what: str, measure: Callable[[int], Any]) -> list[Any]:
+            runs = []
+            for seed in range(arguments.repeats):
+                progress.update(bar, description=what)
+                runs.append(measure(seed))
+                progress.advance(bar)
+            return runs
+
+        for part, measure in work:
+            for name in arguments.models:
+                model = planner.model(name)
+                report[part][name] = {
+                    str(n): sides(
+                        repeated(f"{name}, {n} requests", lambda seed, m=measure, n=n, x=model: m(planner, x, n, seed))
+                    )
+                    for n in arguments.requests
+                }
+        for pages in arguments.pools:
+            runs = repeated(f"{pages:,} large pages", lambda seed, pages=pages: pool_times(pages, seed))
+            report["pools_ns"][str(pages)] = {name: vars(Figure.of([r[name] for r in runs])) for name in runs[0]}
+    console = Console(width=160)
+    console.print(comparison("The memory manager in a scheduler step, microseconds", report["scheduler_step_us"]))
+    console.print(comparison(f"Microseconds per request of {PROMPT:,} tokens", report["operations_us"]))
+    flat = Table("large pages", *next(iter(report["pools_ns"].values())), title="Growing pools, nanoseconds per page")
+    for pages, row in report["pools_ns"].items():
+        flat.add_row(f"{int(pages):,}", *(f"{figure['median']:,.0f}" for figure in row.values()))
+    console.print(flat)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     console.print(f"saved as {arguments.json}")

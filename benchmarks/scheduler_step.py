@@ -97,19 +97,22 @@ class Figure:
 
 
 class Planner:
-    """Plans both ways; `adapter.install` replaces the planner, so vLLM's own functions are kept aside first."""
+    """Plans both ways; `adapter.install` replaces functions, so vLLM's own are kept aside first."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.own = (kv_cache_utils.get_kv_cache_groups, kv_cache_utils.get_kv_cache_config_from_groups)
+        methods = dict(vars(Scheduler))
         adapter.install()
+        replaced = {name: method for name, method in methods.items() if vars(Scheduler)[name] is not method}
+        self.scheduler_types = {"vllm": type("StockScheduler", (Scheduler,), replaced), "jenga": Scheduler}
         self.replaced = (kv_cache_utils.get_kv_cache_groups, kv_cache_utils.get_kv_cache_config_from_groups)
 
     def model(self, name: str) -> ModelSpec:
         return from_hf_config(catalogue.make(name, self.folder)) if name in catalogue.NAMES else load_model(name)
 
-    def scheduler(self, model: ModelSpec, requests: int, jenga: bool) -> tuple[Scheduler, int]:
-        """A scheduler on one of the two plans, and the tokens per hash of a prompt."""
+    def plan(self, model: ModelSpec, requests: int, jenga: bool) -> tuple[VllmConfig, KVCacheConfig]:
+        """One of the two plans, with the same memory."""
         types = model.layer_types()
         tokens = PROMPT + OUTPUT[1]
         stock = make_plan("vllm", model.name, types, 1 << 40)
@@ -120,7 +123,22 @@ class Planner:
         groups_of, plan = self.replaced if jenga else self.own
         planned = plan(config, groups_of(config, specs(types, block, padded=not jenga)), memory)
         assert isinstance(planned, JengaKVCacheConfig) is jenga, f"{model.name} is not managed"
-        return start(config, planned)
+        return config, planned
+
+    def scheduler(self, model: ModelSpec, requests: int, jenga: bool) -> tuple[Scheduler, int]:
+        """A scheduler on one of the two plans, and the tokens per hash of a prompt."""
+        config, planned = self.plan(model, requests, jenga)
+        config.cache_config.num_gpu_blocks = planned.num_blocks
+        scheduler_block, hash_block = resolve_kv_cache_block_sizes(planned, config)
+        scheduler = self.scheduler_types["jenga" if jenga else "vllm"](
+            vllm_config=config,
+            kv_cache_config=planned,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=scheduler_block,
+            hash_block_size=hash_block,
+            log_stats=True,
+        )
+        return scheduler, hash_block
 
     def config(self, requests: int, block: int, state: bool) -> VllmConfig:
         """vLLM's configuration of a demo model; of the model itself the scheduler asks nothing but its lengths."""
@@ -141,20 +159,6 @@ class Planner:
         if state:
             cache.mamba_cache_mode, cache.mamba_block_size = "align", block
         return config
-
-
-def start(config: VllmConfig, planned: KVCacheConfig) -> tuple[Scheduler, int]:
-    config.cache_config.num_gpu_blocks = planned.num_blocks
-    scheduler_block, hash_block = resolve_kv_cache_block_sizes(planned, config)
-    scheduler = Scheduler(
-        vllm_config=config,
-        kv_cache_config=planned,
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=scheduler_block,
-        hash_block_size=hash_block,
-        log_stats=True,
-    )
-    return scheduler, hash_block
 
 
 def specs(types: tuple[LayerType, ...], block: int, padded: bool) -> dict[str, KVCacheSpec]:
@@ -209,18 +213,19 @@ class Engine:
     def tokens(self, count: int) -> list[int]:
         return [self.random.randrange(10, 200) for _ in range(count)]
 
+    def request(self) -> Request:
+        self.count += 1
+        return Request(
+            request_id=str(self.count),
+            prompt_token_ids=self.random.choice(self.families) + self.tokens(PROMPT - SHARED),
+            sampling_params=SamplingParams(max_tokens=self.random.randint(*OUTPUT)),
+            pooling_params=None,
+            block_hasher=self.hasher,
+        )
+
     def arrive(self) -> None:
         for _ in range(self.requests - len(self.scheduler.requests)):
-            self.count += 1
-            self.scheduler.add_request(
-                Request(
-                    request_id=str(self.count),
-                    prompt_token_ids=self.random.choice(self.families) + self.tokens(PROMPT - SHARED),
-                    sampling_params=SamplingParams(max_tokens=self.random.randint(*OUTPUT)),
-                    pooling_params=None,
-                    block_hasher=self.hasher,
-                )
-            )
+            self.scheduler.add_request(self.request())
 
     def step(self) -> tuple[float, float]:
         """Microseconds of processor time for scheduling, and for taking the sampled tokens in."""
@@ -311,9 +316,7 @@ def main() -> None:
         bar = progress.add_task("", total=len(arguments.models) * len(arguments.requests) * arguments.repeats)
         for name in arguments.models:
             model = planner.model(name)
-            groups = [
-                len(planner.scheduler(model, 1, side == "jenga")[0].kv_cache_config.kv_cache_groups) for side in SIDES
-            ]
+            groups = [len(planner.plan(model, 1, side == "jenga")[1].kv_cache_groups) for side in SIDES]
             rows = report["models"][name] = {"groups": dict(zip(SIDES, groups, strict=True)), "requests": {}}
             for requests in arguments.requests:
                 runs = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from itertools import groupby
 
 from rich.progress import track
 
@@ -40,13 +41,18 @@ class Soak:
         if kind < 0.85 and live:
             self.pool.tick()
             count = min(len(live), self.random.randint(1, 40))
+            pages = []
             for _ in range(count):
                 at = self.random.randrange(len(live))
                 live[at], live[-1] = live[-1], live[at]
-                page, keep = live.pop(), self.random.random() < 0.7
-                self.pool.release(group, page, keep)
+                pages.append(live.pop())
+            if kind < 0.6:  # a request that ends: page after page of the same large page
+                pages.sort(reverse=True)
+            for _, run in groupby(pages, RATIOS[group].__rfloordiv__):
+                released, keep = list(run), self.random.random() < 0.7
+                self.pool.release_run(group, released, keep)
                 if keep:
-                    cached[page] = None
+                    cached.update(dict.fromkeys(released))
             return count
         if cached:
             page = next(iter(cached))

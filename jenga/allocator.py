@@ -267,32 +267,44 @@ class TwoLevelAllocator:
         Raises:
             PageError: it is not live (a double free, a page of nobody).
         """
-        g = self._require(group, page, _LIVE)
-        large = page // g.ratio
-        slots = self._slots[large]
+        self.release_run(group, (page,), keep)
+
+    def release_run(self, group: int, pages: Sequence[int], keep: bool) -> None:
+        """`release` for each of `pages`, in this order, at the price of little more than one; all in one large page.
+
+        Raises:
+            PageError: one of them is not live, named twice or in another large page.
+        """
+        g, large = self._require_run(group, pages)
+        count, now = len(pages), self._clock
+        slots, cached = self._slots[large], self._cached[large]
         live = self._live[large]
-        self._live[large] = live - 1
-        g.live_pages -= 1
+        left = live - count
+        self._live[large] = left
+        g.live_pages -= count
         if slots:
             self._unbucket(g, large, live)
+        state = g.state
         if keep:
-            g.state[page] = _CACHED
-            g.cached_pages += 1
-            self._cached[large][page] = self._clock
+            g.cached_pages += count
+            for page in pages:
+                state[page] = _CACHED
+                cached[page] = now
         else:
-            g.state[page] = _FREE
-            slots.append(page)
+            for page in pages:
+                state[page] = _FREE
+            slots.extend(pages)
         if slots:
-            self._bucket(g, large, live - 1)
-        if live > 1:
-            g.open_slots += 1
+            self._bucket(g, large, left)
+        if left:
+            g.open_slots += count
             if keep and large not in g.mixed:
-                g.mixed[large] = self._clock
+                g.mixed[large] = now
         else:
-            g.open_slots -= g.ratio - 1
+            g.open_slots -= g.ratio - live
             g.mixed.pop(large, None)
-            if self._cached[large]:
-                self._evictable[large] = self._clock
+            if cached:
+                self._evictable[large] = now
             else:
                 self._return_large(g, large)
 
@@ -418,6 +430,20 @@ class TwoLevelAllocator:
         raise PageError(
             f"small page {page} of group {group} is {found.name.lower()}, not {PageState(wanted).name.lower()}"
         )
+
+    def _require_run(self, group: int, pages: Sequence[int]) -> tuple[_Group, int]:
+        """The group and the large page, if `pages` are different live pages of one large page."""
+        g = self._require(group, pages[0], _LIVE)
+        large = pages[0] // g.ratio
+        if len(pages) > 1:
+            for page in pages:
+                if page // g.ratio != large:
+                    raise PageError(f"small page {page} of group {group} is not in large page {large}, as the first is")
+                if g.state[page] != _LIVE:
+                    self._require(group, page, _LIVE)
+            if len(set(pages)) != len(pages):
+                raise PageError(f"a small page of group {group} is named twice: {sorted(pages)}")
+        return g, large
 
     def _spare(self, group: int) -> int:
         """Large pages that `group` may take and still leave the others what they expect."""

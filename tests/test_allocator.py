@@ -279,6 +279,24 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.pool.release(g, page, keep)
             self.model.set(g, page, self.model.clock if keep else None)
 
+    @rule(data=st.data(), keep=st.booleans())
+    def release_run(self, data, keep):
+        """Live pages of one large page at once: the same as one after the other."""
+        g = self.group(data)
+        if not (live := self.pages_in(g, PageState.LIVE)):
+            return
+        ratio = self.model.ratios[g]
+        large = data.draw(st.sampled_from(live), label="page") // ratio
+        mine = [page for page in live if page // ratio == large]
+        pages = data.draw(st.lists(st.sampled_from(mine), unique=True, min_size=1), label="pages")
+        others = [page for page in range(self.model.large_pages * ratio) if page not in mine]
+        for wrong in {pages[0], *others[:2], *others[-2:]}:
+            words = f"small page {wrong} of group {g} is|named twice"
+            self.unchanged(PageError, words, lambda bad=wrong: self.pool.release_run(g, [*pages, bad], keep))
+        self.pool.release_run(g, pages, keep)
+        for page in pages:
+            self.model.set(g, page, self.model.clock if keep else None)
+
     @rule(data=st.data())
     def revive(self, data):
         g = self.group(data)
@@ -394,9 +412,9 @@ class EmptiestFirst(TwoLevelAllocator):
 
 
 class NewestEvictableFirst(TwoLevelAllocator):
-    def release(self, group, page, keep):
-        super().release(group, page, keep)
-        large = page // self.ratios[group]
+    def release_run(self, group, pages, keep):
+        super().release_run(group, pages, keep)
+        large = pages[0] // self.ratios[group]
         if large in self._evictable:
             self._evictable.move_to_end(large, last=False)
 
@@ -444,6 +462,28 @@ class EvictsSilently(TwoLevelAllocator):
         self._on_evict = callback
 
 
+class ForgetsTheRestOfARun(TwoLevelAllocator):
+    def release_run(self, group, pages, keep):
+        super().release_run(group, pages[:1], keep)
+
+
+class TakesRunsBackwards(TwoLevelAllocator):
+    def release_run(self, group, pages, keep):
+        super().release_run(group, pages[::-1], keep)
+
+
+class CountsARunAsOne(TwoLevelAllocator):
+    def release_run(self, group, pages, keep):
+        super().release_run(group, pages, keep)
+        if self._live[pages[0] // self.ratios[group]]:
+            self._groups[group].open_slots -= len(pages) - 1
+
+
+class SwallowsBadRuns(TwoLevelAllocator):
+    def _require_run(self, group, pages):
+        return super()._require_run(group, pages[:1])
+
+
 class ClockStands(TwoLevelAllocator):
     def tick(self):
         pass
@@ -471,6 +511,10 @@ MUTANTS = [
     KeepsNothing,
     SwallowsDoubleFrees,
     EvictsSilently,
+    ForgetsTheRestOfARun,
+    TakesRunsBackwards,
+    CountsARunAsOne,
+    SwallowsBadRuns,
     ClockStands,
     EvictsBeforeItMust,
 ]

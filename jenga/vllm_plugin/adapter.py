@@ -88,6 +88,17 @@ def install() -> None:
             "enable_kv_cache_events",
         ),
     )
+    check_seam(
+        kv_cache_manager.KVCacheManager.allocate_slots,
+        (
+            "self",
+            "request",
+            "num_new_tokens",
+            "num_new_computed_tokens",
+            "new_computed_blocks",
+            "num_lookahead_tokens",
+        ),
+    )
     check_seam(vars(Platform)["_align_hybrid_block_size"].__func__, ("cls", "vllm_config", "backend_cls"))
 
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -105,7 +116,17 @@ def install() -> None:
         ),
     )
 
-    from jenga.vllm_plugin import checkpoints, coordinator, engine, events, hybrid_blocks, planning, states, worker
+    from jenga.vllm_plugin import (
+        checkpoints,
+        coordinator,
+        engine,
+        events,
+        hybrid_blocks,
+        planning,
+        states,
+        steady,
+        worker,
+    )
 
     planner = planning.Planner(
         planning.Originals(**{name.lstrip("_"): getattr(kv_cache_utils, name) for name in _PLANNER_SEAMS})
@@ -121,6 +142,7 @@ def install() -> None:
     hybrid_blocks.install()
     checkpoints.install()
     states.install()
+    steady.install()
     worker.install_scheduler_side()
     if current_platform.is_cpu():
         from jenga.vllm_plugin import cpu_fixes

@@ -121,6 +121,9 @@ def install() -> None:
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
+        computed = request.num_computed_tokens
+        if computed >= request.num_prompt_tokens and computed >= request.num_tokens - 1:
+            return num_new_tokens  # a decode; vLLM says the same, later
         stock: int = original(
             self, request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
         )

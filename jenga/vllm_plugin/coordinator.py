@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from vllm.v1.core import kv_cache_coordinator as vllm_coordinator
@@ -19,14 +20,7 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
     resolve_block_hashes,
 )
-from vllm.v1.core.single_type_kv_cache_manager import (
-    ChunkedLocalAttentionManager,
-    CrossAttentionManager,
-    FullAttentionManager,
-    MambaManager,
-    SingleTypeKVCacheManager,
-    SlidingWindowManager,
-)
+from vllm.v1.core.single_type_kv_cache_manager import CrossAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from jenga.allocator import PageState, TwoLevelAllocator
@@ -36,6 +30,7 @@ from jenga.vllm_plugin.checkpoints import Checkpoints, Kept
 from jenga.vllm_plugin.config import JengaKVCacheConfig
 from jenga.vllm_plugin.pool import GroupPool, SharedPool
 from jenga.vllm_plugin.states import StateManager
+from jenga.vllm_plugin.steady import Marks, is_steady
 
 Blocks = tuple[list[KVCacheBlock], ...]
 
@@ -44,29 +39,6 @@ FAR = 1 << 40
 
 ANSWER_HEADROOM = 0.05
 """Share of the large pages that must be available for the end of a running answer to be kept."""
-
-
-class Marks:
-    """How far a running request can go before a block table of its changes.
-
-    Most steps of a decode add one token to pages that are there: nothing to allocate, cache or drop.  vLLM finds that
-    out anew in every manager; these three numbers of tokens say it at once.
-    """
-
-    __slots__ = ("cacheable", "droppable", "slots")
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        """Tokens that have a slot in every group."""
-        self.cacheable = self.droppable = 0
-        """Fewest tokens at which there may be something more to cache, and to drop."""
-
-
-def steady(manager: SingleTypeKVCacheManager) -> bool:
-    """Whether `manager` changes a running request's block table at page boundaries only."""
-    if isinstance(manager, MambaManager):
-        return not manager.num_speculative_blocks
-    return type(manager) in (FullAttentionManager, SlidingWindowManager, ChunkedLocalAttentionManager)
 
 
 class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
@@ -93,8 +65,10 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         self._needs: tuple[str, list[int]] | None = None
         self._giving_up: list[StateManager] = []  # whose kept states the latest needs let be overwritten
         self._policies = tuple(g.group.policy for g in config.layout.groups)
-        self._steady = not self.eagle_group_ids and all(map(steady, self.single_type_managers))
-        self._marks: dict[str, Marks] = {}
+        self._steady = not self.eagle_group_ids and all(map(is_steady, self.single_type_managers))
+        self.marks: dict[str, Marks] = {}
+        idle = SingleTypeKVCacheManager.new_step_starts
+        self._stepping = [m for m in self.single_type_managers if type(m).new_step_starts is not idle]
         self._no_blocks: Blocks = tuple([] for _ in self.pools)
 
     def _evicted(self, group: int, page: int) -> None:
@@ -115,7 +89,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         prefill_end: int = 0,
     ) -> int:
         """Large pages that this request would take from those available; exact, and without side effects of ours."""
-        marks = self._marks.get(request_id)
+        marks = self.marks.get(request_id)
         if marks is not None and num_tokens <= marks.slots:
             return 0
         if self.retention_interval != 0:
@@ -160,7 +134,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int, num_encoder_tokens: int = 0
     ) -> Blocks:
         """Allocate what the last query for this request announced, group by group."""
-        marks = self._marks.get(request_id)
+        marks = self.marks.get(request_id)
         if marks is not None and num_tokens <= marks.slots:
             return self._no_blocks
         if self._needs is not None and self._needs[0] == request_id:
@@ -176,7 +150,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
             self._needs = None
         if marks is None:
             self._count_hit()
-        self._marks[request_id] = Marks(
+        self.marks[request_id] = Marks(
             min(len(m.req_to_blocks[request_id]) * m.block_size for m in self.single_type_managers)
             if self._steady
             else 0
@@ -207,7 +181,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Make full pages findable.  Hits are multiples of the scheduler's block: only there is something new."""
-        marks = self._marks.get(request.request_id)
+        marks = self.marks.get(request.request_id)
         if marks is not None and num_computed_tokens < marks.cacheable:
             return
         self._cache_pages(request, num_computed_tokens)
@@ -224,7 +198,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Drop the pages that no token from number `processed_computed_tokens` on needs."""
-        marks = self._marks.get(request_id)
+        marks = self.marks.get(request_id)
         if marks is not None and processed_computed_tokens < marks.droppable:
             return
         super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
@@ -242,26 +216,41 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
 
     def free(self, request_id: str) -> None:
         """Release a request's blocks of all groups together, tail first (balanced and aligned eviction)."""
-        self.block_pool.free_blocks(reversed(self.pop_blocks_for_free(request_id)))
+        self.allocator.tick()
+        runs = [
+            run
+            for pool, size, blocks in zip(
+                self.pools, self.group_block_sizes, self.pop_blocks_by_group(request_id), strict=True
+            )
+            for run in pool.drop_references(blocks, size)
+        ]
+        runs.sort(key=itemgetter(0), reverse=True)
+        for _, group, pages, keep in runs:
+            self.allocator.release_run(group, pages, keep)
+
+    def pop_blocks_by_group(self, request_id: str) -> list[list[KVCacheBlock]]:
+        """End a request's bookkeeping; its blocks, group by group."""
+        self.marks.pop(request_id, None)
+        return [manager.pop_blocks_for_free(request_id) for manager in self.single_type_managers]
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks of all groups, merged by the token position where each ends."""
-        self._marks.pop(request_id, None)
-        placed: list[tuple[int, int, KVCacheBlock]] = []
-        for group, manager in enumerate(self.single_type_managers):
-            size = manager.block_size
-            placed.extend(
-                ((index + 1) * size, group, block)
-                for index, block in enumerate(manager.pop_blocks_for_free(request_id))
-                if not block.is_null
+        placed = [
+            ((index + 1) * size, group, block)
+            for group, (size, blocks) in enumerate(
+                zip(self.group_block_sizes, self.pop_blocks_by_group(request_id), strict=True)
             )
-        placed.sort(key=lambda item: item[:2])
+            for index, block in enumerate(blocks)
+            if not block.is_null
+        ]
+        placed.sort(key=itemgetter(0, 1))
         return [block for _, _, block in placed]
 
     def new_step_starts(self) -> None:
         """A new scheduler step: what it releases is younger than what the last one released."""
         self.allocator.tick()
-        super().new_step_starts()
+        for manager in self._stepping:
+            manager.new_step_starts()
 
     def reset_prefix_cache(self) -> bool:
         """Forget everything cached, in all groups or none."""
@@ -367,11 +356,11 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
         kept.computed = num_computed_tokens
         lengths = (request.num_prompt_tokens - 1, *kept.boundaries.lengths)
         answer = self._ends_answer(kept, num_computed_tokens)
-        for manager in self.single_type_managers:
+        for group, manager in enumerate(self.single_type_managers):
             keeps = answer and isinstance(manager, StateManager)
             manager.cache_blocks(
                 request,
-                num_computed_tokens,
+                self.get_num_cacheable_tokens(num_computed_tokens, group),
                 retention_interval=self.retention_interval,
                 replay_boundaries=(*lengths, num_computed_tokens) if keeps else lengths,
             )
@@ -403,12 +392,12 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
             if isinstance(manager, StateManager)
         ]
 
-    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+    def pop_blocks_by_group(self, request_id: str) -> list[list[KVCacheBlock]]:
         """The request's blocks, with the states and windows at the end of its answer."""
         kept = self.checkpoints.requests.pop(request_id, None)
         if kept is not None and self.kv_cache_config.checkpoints.answers:
             self._keep_answer(kept, kept.computed - kept.computed % self.scheduler_block_size)
-        return super().pop_blocks_for_free(request_id)
+        return super().pop_blocks_by_group(request_id)
 
     def _keep_answer(self, kept: Kept, end: int) -> None:
         """Keep what a hit of `end` tokens, the last full block of a request, needs: the next turn resumes there."""

@@ -22,6 +22,9 @@ from jenga.vllm_plugin.events import placed
 
 logger = init_logger("vllm.jenga")
 
+Run = tuple[int, int, list[int], bool]
+"""Token at which the last of these pages ends, group, pages of one large page, whether their contents are kept."""
+
 # vLLM leaves these untyped.
 empty_index: Callable[[], BlockHashToBlockMap] = BlockHashToBlockMap
 _reset_hash: Callable[[KVCacheBlock], None] = KVCacheBlock.reset_hash
@@ -93,6 +96,32 @@ class GroupPool(BlockPool):
         if block.ref_cnt == 0:
             keep = self.enable_caching and block.block_hash is not None
             self.allocator.release(self.group, block.block_id, keep)
+
+    def drop_references(self, blocks: Sequence[KVCacheBlock], page_tokens: int) -> list[Run]:
+        """One reference less to each block of a request; the pages that nobody holds any more, for the allocator.
+
+        Tail first, cut into runs that the allocator can release at once.
+        """
+        runs: list[Run] = []
+        null, caching, ratio = self.null_block, self.enable_caching, self.allocator.ratios[self.group]
+        pages: list[int] = []
+        large, keep, end = -1, False, 0
+        for index, block in zip(range(len(blocks), 0, -1), reversed(blocks), strict=True):
+            if block is null:
+                continue
+            block.ref_cnt -= 1
+            if block.ref_cnt:
+                continue
+            page, cached = block.block_id, caching and block.block_hash is not None
+            if page // ratio != large or cached is not keep:
+                if pages:
+                    runs.append((end, self.group, pages, keep))
+                pages, large, keep = [], page // ratio, cached
+            pages.append(page)
+            end = index * page_tokens
+        if pages:
+            runs.append((end, self.group, pages, keep))
+        return runs
 
     def evicted(self, page: int) -> None:
         """The allocator took a cached page's contents away."""
