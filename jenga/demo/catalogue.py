@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 RECALL = "gemma3-recall"
 GRANITE = "granite-hybrid"
 QWEN3_NEXT = "qwen3-next"
-NAMES: tuple[str, ...] = (RECALL, GRANITE, QWEN3_NEXT)
+GEMMA4 = "gemma4"
+WHISPER = "whisper"
+NAMES: tuple[str, ...] = (RECALL, GRANITE, QWEN3_NEXT, GEMMA4, WHISPER)
 SEED = 0
 # Raised whenever a recipe's weights or files change, so that folders of an older recipe are made anew.
 VERSION = 1
@@ -99,13 +101,26 @@ def _fill_recall(scratch: Path, train: bool, progress: Callable[[Progress], None
 def _fill_random(scratch: Path, name: str) -> None:
     from safetensors.torch import save
 
-    from jenga.demo import hybrids
+    from jenga.demo import hybrids, whisper
 
-    config = hybrids.granite_config() if name == GRANITE else hybrids.qwen3_next_config()
-    model = hybrids.random_model(config, SEED)
+    if name == WHISPER:
+        config, context = whisper.config(), whisper.CONTEXT
+        model = whisper.random_model(SEED)
+        whisper.save_feature_extractor(scratch)
+    else:
+        configs = {
+            GRANITE: hybrids.granite_config,
+            QWEN3_NEXT: hybrids.qwen3_next_config,
+            GEMMA4: hybrids.gemma4_config,
+        }
+        config, context = configs[name](), hybrids.CONTEXT
+        model = hybrids.random_model(config, SEED)
     config.architectures = [type(model).__name__]
-    (scratch / "model.safetensors").write_bytes(save(dict(model.state_dict()), metadata={"format": "pt"}))
-    _fill_common(scratch, config, hybrids.CONTEXT)
+    state = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        state.pop("proj_out.weight")  # the embedding again
+    (scratch / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
+    _fill_common(scratch, config, context)
 
 
 def _fill_common(scratch: Path, config: PreTrainedConfig, context: int) -> None:

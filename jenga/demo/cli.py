@@ -18,7 +18,10 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def demo_model(
-    name: Annotated[str, typer.Argument(help="gemma3-recall, granite-hybrid, qwen3-next, or all.", metavar="NAME|all")],
+    name: Annotated[
+        str,
+        typer.Argument(help="gemma3-recall, granite-hybrid, qwen3-next, gemma4, whisper, or all.", metavar="NAME|all"),
+    ],
     out: Annotated[Path, typer.Option(help="Folder that gets one folder per model.")] = Path("var/models"),
     force: Annotated[bool, typer.Option("--force", help="Make it again, replacing what is there.")] = False,
     train: Annotated[
@@ -28,7 +31,8 @@ def demo_model(
     """Make a demo model: a small language model with more than one kind of layer, and its tokenizer.
 
     gemma3-recall (sliding window + full attention) is trained to recall values by key;
-    granite-hybrid (Mamba-2 + attention) and qwen3-next (GDN + attention) have random weights.
+    granite-hybrid (Mamba-2 + attention), qwen3-next (GDN + attention), gemma4 (two head sizes) and
+    whisper (encoder-decoder) have random weights.
     """
     from jenga.demo import NAMES, RECALL, DemoModelError, make_reporting
 

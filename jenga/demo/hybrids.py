@@ -1,4 +1,4 @@
-"""Hybrids with random weights whose next token depends on the whole context.
+"""Models with random weights whose next token depends on the whole context.
 
 Default initialisation makes a language model that says one token for ever, whatever it reads: no page
 and no state could be wrong visibly.  Here every sub-layer adds about as much to the residual stream as the
@@ -71,6 +71,36 @@ def qwen3_next_config() -> PreTrainedConfig:
         num_experts_per_tok=2,
         moe_intermediate_size=64,
         shared_expert_intermediate_size=128,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        eos_token_id=END,
+        bos_token_id=BOS,
+    )
+
+
+def gemma4_config() -> PreTrainedConfig:
+    """Gemma-4, 5 sliding-window layers with 2 heads of 32 and one full layer with one key head of 96.
+
+    So the two kinds store 256 and 384 bytes a token: neither is a multiple of the other.
+    """
+    from transformers import Gemma4TextConfig
+
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    return Gemma4TextConfig(
+        vocab_size=len(vocabulary()),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=len(kinds),
+        layer_types=kinds,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_global_key_value_heads=1,  # type: ignore[call-arg]  # this and the next: taken by __post_init__
+        global_head_dim=96,
+        attention_k_eq_v=True,
+        sliding_window=64,
+        hidden_size_per_layer_input=0,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
         pad_token_id=PAD,

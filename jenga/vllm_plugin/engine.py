@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.v1.core.single_type_kv_cache_manager import CrossAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import Request
 
 from jenga.metrics.engine import EngineReport
 from jenga.metrics.memory import LiveUse, memory_snapshot
@@ -44,7 +46,7 @@ def live_use(coordinator: JengaCoordinator, scheduler: Any) -> list[LiveUse]:
         held: set[int] = set()
         empty = 0
         for request in requests:
-            tokens = request.num_computed_tokens
+            tokens = stored_tokens(manager, request)
             start = policy.resident_from(tokens, size)
             blocks = manager.req_to_blocks.get(request.request_id, ())
             for position, block in enumerate(blocks):
@@ -56,3 +58,10 @@ def live_use(coordinator: JengaCoordinator, scheduler: Any) -> list[LiveUse]:
                     empty += min(size, max(0, (position + 1) * size - tokens))
         uses.append(LiveUse(group=index, held=len(held), needed=len(needed), empty_tokens=empty))
     return uses
+
+
+def stored_tokens(manager: SingleTypeKVCacheManager, request: Request) -> int:
+    """Tokens of a request that a group stores something for."""
+    if isinstance(manager, CrossAttentionManager):
+        return sum(request.get_num_encoder_embeds(i) for i in range(request.num_encoder_inputs))
+    return int(request.num_computed_tokens)

@@ -10,11 +10,20 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
+    CircularBufferSpec,
+    CrossAttentionSpec,
+    EncoderOnlyAttentionSpec,
     FullAttentionSpec,
+    HiddenStateCacheSpec,
+    HiSparseHotSpec,
+    HiSparseResidentSpec,
     KVCacheGroupSpec,
     KVCacheSpec,
     MambaSpec,
     MLAAttentionSpec,
+    RSWASpec,
+    SinkFullAttentionSpec,
+    SlidingWindowMLASpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
     iter_layer_specs,
@@ -23,6 +32,7 @@ from vllm.v1.kv_cache_interface import (
 from jenga.layout import LayerGroup
 from jenga.policies import (
     ChunkedLocal,
+    CrossAttention,
     FullAttention,
     LatentAttention,
     LayerPolicy,
@@ -34,22 +44,45 @@ STRIDE_ALIGNMENT = 16
 """Bytes; attention kernels load 16 bytes at once."""
 
 
+PASSED_BACK: dict[type[KVCacheSpec], str] = {
+    CircularBufferSpec: "a ring takes no part in prefix hits, for which Jenga asks every group",
+    EncoderOnlyAttentionSpec: "encoder layers keep nothing from step to step",
+    HiddenStateCacheSpec: "vLLM places extracted hidden states beside the groups, in a buffer of their own",
+    HiSparseHotSpec: "HiSparse keeps pages on the host, in a pool of its own",
+    HiSparseResidentSpec: "HiSparse keeps pages on the host, in a pool of its own",
+    RSWASpec: "what it keeps depends on where a request's prompt ends, which layer policies do not know",
+    SinkFullAttentionSpec: "its kernels expect the sinks in blocks 1 to n of a flat pool",
+}
+"""KV cache types that stay with vLLM's own manager, and why."""
+
+
 def policy_of(spec: KVCacheSpec) -> LayerPolicy | None:
     """The layer policy that describes `spec`, None if Jenga does not manage it.
 
-    Exact types only: a subclass may change the rules (sinks, R-SWA, HiSparse).
+    Exact types only: a subclass may change the rules.
     """
     kind = type(spec)
     if kind is FullAttentionSpec:
         return FullAttention()
     if kind is MLAAttentionSpec:
         return LatentAttention()
-    if isinstance(spec, SlidingWindowSpec) and kind is SlidingWindowSpec:
-        return SlidingWindow(spec.sliding_window)
+    if isinstance(spec, SlidingWindowSpec) and kind in (SlidingWindowSpec, SlidingWindowMLASpec):
+        return SlidingWindow(spec.sliding_window) if _window_obstacle(spec) is None else None
     if isinstance(spec, ChunkedLocalAttentionSpec) and kind is ChunkedLocalAttentionSpec:
         return ChunkedLocal(spec.attention_chunk_size)
     if kind is MambaSpec:
         return RecurrentState()
+    if kind is CrossAttentionSpec:
+        return CrossAttention()
+    return None
+
+
+def _window_obstacle(spec: SlidingWindowSpec) -> str | None:
+    """Why a sliding window is not simply one."""
+    if spec.extra_retained_tokens:
+        return "it keeps more than its window, for multi-token prediction"
+    if isinstance(spec, SlidingWindowMLASpec) and (spec.bounded_replay or spec.model_version or spec.alignment):
+        return "DeepSeek-V4 packs, aligns and replays its windows in ways of its own"
     return None
 
 
@@ -65,6 +98,10 @@ def config_obstacle(config: VllmConfig) -> str | None:
         (parallel.pipeline_parallel_size > 1, "pipeline_parallel_size > 1: stages may differ in geometry"),
         (parallel.decode_context_parallel_size > 1, "decode_context_parallel_size > 1"),
         (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill_context_parallel_size > 1"),
+        (
+            config.model_config.is_encoder_decoder and cache.enable_prefix_caching,
+            "prefix caching is on for an encoder-decoder, which vLLM does not cache",
+        ),
         (config.speculative_config, "speculative decoding is configured"),
         (config.attention_config.hisparse_config, "HiSparse is configured"),
         (cache.prefix_match_unit, "prefix_match_unit is set; Jenga's prefix hits are at block granularity already"),
@@ -77,7 +114,10 @@ def spec_obstacle(specs: Mapping[str, KVCacheSpec]) -> str | None:
     """Why these layers stay with vLLM's own manager, None if Jenga manages them all."""
     for name, spec in specs.items():
         if policy_of(spec) is None:
-            return f"layer {name} has a KV cache of type {type(spec).__name__}, which Jenga does not manage"
+            reason = PASSED_BACK.get(type(spec), "which Jenga does not know")
+            if isinstance(spec, SlidingWindowSpec):
+                reason = _window_obstacle(spec) or reason
+            return f"layer {name} has a KV cache of type {type(spec).__name__}: {reason}"
     return None
 
 
@@ -135,9 +175,11 @@ def describe(groups: Sequence[KVCacheGroupSpec]) -> list[LayerGroup]:
 def group_name(spec: KVCacheSpec) -> str:
     """Short, stable name of a group for tables and metric labels."""
     if isinstance(spec, SlidingWindowSpec):
-        return f"sliding_window_{spec.sliding_window}"
+        return f"sliding_window_{'mla_' if isinstance(spec, SlidingWindowMLASpec) else ''}{spec.sliding_window}"
     if isinstance(spec, ChunkedLocalAttentionSpec):
         return f"chunked_local_{spec.attention_chunk_size}"
     if isinstance(spec, MambaSpec):
         return str(spec.mamba_type.name).lower()
+    if isinstance(spec, CrossAttentionSpec):
+        return "cross_attention"
     return "mla" if isinstance(spec, MLAAttentionSpec) else "full_attention"
