@@ -8,8 +8,10 @@ from ray.llm._internal.serve.core.configs.openai_api_models import to_model_meta
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.ingress import make_fastapi_ingress
 
+from deployments.cache_router import CacheAwareRouter
 from deployments.config import Autoscaling, ConfigError, Serving, parse_serving
 from deployments.engine import JengaServer
+from deployments.events import ENGINE_CONFIG
 from deployments.ingress import ENDPOINTS, Ingress, build_fastapi
 from deployments.router import PrefixAffinityRouter
 
@@ -50,6 +52,7 @@ def engine_kwargs(config: Serving) -> dict[str, Any]:
         "tensor_parallel_size": config.resources.tensor_parallel,
         # `usage` tells the cached tokens of each prompt.
         "enable_prompt_tokens_details": True,
+        **({"kv_events_config": ENGINE_CONFIG} if cache_aware(config) else {}),
         **engine.extra,
     }
 
@@ -76,7 +79,7 @@ def llm_config(config: Serving, source: Path) -> LLMConfig:
         "health_check_period_s": 2,
         "health_check_timeout_s": 30,
         "request_router_config": {
-            "request_router_class": PrefixAffinityRouter,
+            "request_router_class": CacheAwareRouter if cache_aware(config) else PrefixAffinityRouter,
             "request_router_kwargs": router_kwargs(config),
             "request_routing_stats_period_s": _ROUTING_PERIOD_S,
         },
@@ -102,10 +105,23 @@ def llm_config(config: Serving, source: Path) -> LLMConfig:
     )
 
 
+def cache_aware(config: Serving) -> bool:
+    """Whether routers follow the engines' KV events."""
+    return config.router.policy == "cache-aware" and config.engine.prefix_caching
+
+
 def router_kwargs(config: Serving) -> dict[str, Any]:
-    """Fields of ``deployments.placement.Policy``."""
-    constants = config.router.model_dump(exclude={"policy"})
-    return constants | {"affinity": config.router.policy == "prefix-affinity"}
+    """What the router class is initialised with."""
+    router = config.router
+    if cache_aware(config):
+        return {
+            "hash_algorithm": config.engine.extra.get("prefix_caching_hash_algo", "sha256"),
+            "request": router.request_price,
+            "pressure": router.pressure_price,
+            "slack": router.slack,
+        }
+    fields = {"chunk", "max_chunks", "max_entries", "load_factor", "load_slack"}
+    return router.model_dump(include=fields) | {"affinity": router.policy != "least-loaded"}
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -127,4 +143,5 @@ def build(args: dict[str, Any]) -> serve.Application:
     return deployment.bind(
         llm_deployments={config.model.id: build_llm_deployment(ray_config, name_prefix="Engine:")},
         model_cards={config.model.id: to_model_metadata(config.model.id, ray_config)},
+        tokenise={config.model.id: ray_config} if cache_aware(config) else {},
     )

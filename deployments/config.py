@@ -109,6 +109,7 @@ _OWN_SETTING = {
     "block_size": "engine.block_size",
     "kv_cache_memory_bytes": "engine.kv_memory",
     "enforce_eager": "engine.enforce_eager",
+    "kv_events_config": "router.policy",
     "enable_prefix_caching": "engine.prefix_caching",
     "tensor_parallel_size": "resources.tensor_parallel",
 }
@@ -154,9 +155,16 @@ class Resources(Section):
 
 
 class Router(Section):
-    """How a request finds its replica; see ``deployments.placement``."""
+    """How a request finds its replica.
 
-    policy: Literal["prefix-affinity", "least-loaded"] = "prefix-affinity"
+    ``cache-aware`` knows what is cached (``deployments.cost``), ``prefix-affinity`` guesses it from the requests that
+    it has sent (``deployments.placement``).
+    """
+
+    policy: Literal["cache-aware", "prefix-affinity", "least-loaded"] = "cache-aware"
+    request_price: float = Field(32, ge=0, description="prompt tokens that a request in progress costs another one")
+    pressure_price: float = Field(1, ge=0, description="share by which full KV memory makes a request dearer")
+    slack: float = Field(16, ge=0, description="prompt tokens within which replicas are equally good")
     chunk: PositiveInt = Field(64, description="characters (or token ids) hashed together")
     max_chunks: PositiveInt = Field(512, description="chunks of a prompt that are looked at")
     max_entries: PositiveInt = Field(65_536, description="chunks remembered per replica")

@@ -4,15 +4,21 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray import serve
 from ray.serve.llm.deployment import LLMServer
 
+from deployments import keys
+from deployments.cache_router import KV_STREAM
+from deployments.events import SnapshotServer, Source
 from deployments.failures import in_our_terms, root_cause
 from deployments.metrics import Exporter
 from deployments.placement import KV_IN_USE
+from deployments.router_metrics import Predictions
 from jenga.metrics import Sample
 from jenga.metrics.engine import EngineReport, report_samples
 
@@ -36,11 +42,15 @@ class JengaServer(LLMServer):
     """One replica: an engine and what is told about it."""
 
     _kv_in_use = 0.0
+    _kv_stream: dict[str, Any] | None = None
+    _snapshots = ""
 
     async def start(self) -> None:
         """Start the engine; raise EngineStartError with its own reason if that fails."""
         log = Path(f"/proc/{os.getpid()}/fd/2").resolve()
         begin = log.stat().st_size if log.is_file() else 0
+        # vLLM's event publisher listens on this address; by itself it would look for one that reaches the internet.
+        os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
         try:
             await super().start()
         except Exception as error:
@@ -55,10 +65,58 @@ class JengaServer(LLMServer):
                 )
             ) from None
         self._metrics = asyncio.create_task(self._export_metrics())
+        if self._llm_config.engine_kwargs.get("kv_events_config"):
+            self._snapshots = SnapshotServer(self._snapshot).start(ray.util.get_node_ip_address())
+            await self._locate_stream()
+            self._compare_predictions()
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """What routers learn of this replica: Ray's own, and the part of the KV memory in use."""
-        return {**await super().record_routing_stats(), KV_IN_USE: self._kv_in_use}
+        """What routers learn of this replica: Ray's own, the part of the KV memory in use, and where its events are."""
+        told = {**await super().record_routing_stats(), KV_IN_USE: self._kv_in_use}
+        if self._snapshots:
+            await self._locate_stream()
+            told[KV_STREAM] = self._kv_stream
+        return told
+
+    async def _ask_core(self, question: str) -> Any:
+        return await self.engine._engine_client.engine_core.call_utility_async(question)
+
+    async def _snapshot(self) -> dict[str, Any] | None:
+        """Everything that this replica's engine has cached."""
+        data: dict[str, Any] | None = await self._ask_core("jenga_cache_snapshot")
+        return data
+
+    async def _locate_stream(self) -> None:
+        """Learn where the engine's event stream is, and how far."""
+        try:
+            stream = await asyncio.wait_for(self._ask_core("jenga_event_stream"), _ANSWER_S)
+        except Exception as error:
+            # No plugin in the core (JENGA=0): routers then place by load.
+            logger.warning("no KV event stream of this engine: %s", error)
+            stream = None
+        self._kv_stream = (
+            stream
+            and Source(
+                stream["events"], stream["replay"], self._snapshots, stream["epoch"], stream["sequence"]
+            ).to_dict()
+        )
+
+    def _compare_predictions(self) -> None:
+        """Compare each request's cached tokens with what its router expected."""
+        client = self.engine._engine_client
+        generate = client.generate
+        replica = serve.get_replica_context().replica_id.unique_id
+        predictions = Predictions()
+
+        async def compared(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            predicted = keys.take_prediction(sampling_params, replica)
+            async for output in generate(prompt, sampling_params, *args, **kwargs):
+                if predicted is not None and output.num_cached_tokens is not None:
+                    predictions.record(predicted, output.num_cached_tokens)
+                    predicted = None
+                yield output
+
+        client.generate = compared
 
     def _samples(self, data: Mapping[str, Any]) -> Iterator[Sample]:
         """Samples of what `jenga_memory` answered; lazily, so that the exporter meets its faults."""

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,13 +13,16 @@ from fastapi.routing import APIRoute
 from ray.exceptions import RayActorError
 from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
+from ray.serve.llm import LLMConfig
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from deployments.keys import attach
 from deployments.placement import prompt_of
+from deployments.renderer import PromptRenderer
 
 logger = logging.getLogger("ray.serve")
 
@@ -163,12 +166,23 @@ def build_fastapi() -> FastAPI:
     return app
 
 
+def make_renderer(config: LLMConfig) -> PromptRenderer | None:
+    """The renderer of prompts for a model, None (and a line in the log) if it cannot be had in this process."""
+    try:
+        return PromptRenderer(config)
+    except Exception:
+        logger.exception("prompts of %s are not tokenised before routing: requests go by load alone", config.model_id)
+        return None
+
+
 class Ingress(OpenAiIngress):
     """Ray's ingress, with OpenAI's own words for an unknown model and no traceback in any answer."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, tokenise: Mapping[str, LLMConfig] | None = None, **kwargs: Any) -> None:
+        """`tokenise` are the models whose prompts are tokenised here, once, so that the router knows their tokens."""
         super().__init__(*args, **kwargs)
         self._created = int(time.time())
+        self._renderers = {model: make_renderer(config) for model, config in (tokenise or {}).items()}
 
     async def models(self) -> dict[str, Any]:
         """The served models."""
@@ -197,6 +211,19 @@ class Ingress(OpenAiIngress):
             raise HTTPException(404, f"The model '{model}' does not exist; served here: {served}.")
         return model
 
+    async def _token_ids(self, body: Any, raw_request: Request | None) -> list[int] | None:
+        """The prompt's tokens, None if only the engine can tell them."""
+        renderer = self._renderers.get(body.model or next(iter(self._model_cards)))
+        if renderer is None or raw_request is None:
+            return None
+        try:
+            # Not from `body`, whose one-shot iterators the engine wants to read.
+            return await renderer.token_ids(await raw_request.json())
+        except Exception as error:
+            # Whatever is wrong with the request, the engine's own words for it are the ones clients know.
+            logger.debug("a prompt was not tokenised before routing: %s", error)
+            return None
+
     async def _get_response(self, **request: Any) -> AsyncGenerator[Any, None]:
         """Ray's stream of a replica's answer; a failure inside a stream becomes its last event."""
         started = False
@@ -215,6 +242,7 @@ class Ingress(OpenAiIngress):
         """Ray's handling; what a replica raises becomes an answer that says whose fault it was."""
         if raw_request is not None:
             raw_request.state.body_was_read = True
+        attach(body, await self._token_ids(body, raw_request))
         try:
             return await super()._process_llm_request(body, call_method, raw_request)
         except OpenAIHTTPException as error:

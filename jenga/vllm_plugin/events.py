@@ -206,13 +206,20 @@ def flush(scheduler: Any) -> None:
 
 
 def jenga_event_stream(self: EngineCore) -> dict[str, Any] | None:
-    """Where the stream is: epoch, number of the next batch and hit rule; None if events are off."""
+    """Where the stream is: endpoints, epoch, number of the next batch and hit rule; None if events are off."""
     publisher = _publisher(self)
     if publisher is None:
         return None
     flush(self.scheduler)
     rule = None if publisher.rule is None else publisher.rule.to_dict()
-    return {"epoch": publisher.epoch, "sequence": publisher.sequence, "rule": rule}
+    config = publisher.get_publisher_config()
+    return {
+        "events": config and config.endpoint,
+        "replay": config and config.replay_endpoint,
+        "epoch": publisher.epoch,
+        "sequence": publisher.sequence,
+        "rule": rule,
+    }
 
 
 def jenga_cache_snapshot(self: EngineCore) -> dict[str, Any] | None:

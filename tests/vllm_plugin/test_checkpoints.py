@@ -86,10 +86,10 @@ def test_chats_on_states(granite: Path, tmp_path: Path) -> None:
     stock = run(tmp_path, "stock", spec(granite, 64, caching=False) | given, jenga=False, runner=RUNNER)
     assert kept["answers"] == stock["answers"]
 
-    # Memory for about two conversations: states are given up, evicted and overwritten, and never wrong.
+    # Memory for about one conversation: states are given up, evicted and overwritten, and never wrong.
     given = {"chats": chats(special(granite), turns=3, systems=3)}
-    short = run(tmp_path, "short", spec(granite, 8) | given, jenga=True, runner=RUNNER)
-    assert short["evicted"] > 0
+    short = run(tmp_path, "short", spec(granite, 4.5) | given, jenga=True, runner=RUNNER)
+    assert min(short["evicted"], short["given_up"]) > 0
     assert short["live_after"] == 0
     assert sum(cached for turns in short["hits"] for _, cached in turns) > 0
     again = run(tmp_path, "again", spec(granite, 64, caching=False) | given, jenga=False, runner=RUNNER)
