@@ -210,7 +210,7 @@ def encoded(rng: random.Random, batches: int, capacity: int) -> tuple[list[bytes
 
 
 def ingest(replicas: Sequence[int], batches: int) -> list[dict[str, Any]]:
-    """Block events per second, decoding included, by number of replicas (messages and cached prompts in all the same)."""
+    """Block events per second, decoding included, by number of replicas (as many messages in all)."""
     rows = []
     for count in replicas:
         rng = random.Random(4)
