@@ -104,7 +104,8 @@ def _fill_random(scratch: Path, name: str) -> None:
     from jenga.demo import hybrids, whisper
 
     if name == WHISPER:
-        config, context = whisper.config(), whisper.CONTEXT
+        config: PreTrainedConfig = whisper.config()
+        context = whisper.CONTEXT
         model = whisper.random_model(SEED)
         whisper.save_feature_extractor(scratch)
     else:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 os.environ.update(
     HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind"
@@ -36,6 +39,7 @@ def overlap_groups() -> None:
 
 def main() -> None:
     spec: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+    import torch
     from vllm import LLM, SamplingParams
 
     if os.environ["JENGA"] == "0":  # or stock cannot run Mamba-2 with prefix caching on a CPU at all
@@ -45,9 +49,13 @@ def main() -> None:
 
     if spec.get("overlap"):
         overlap_groups()
+    if spec.get("leave_out_copies"):
+        from tests.vllm_plugin.trace import leave_out_copies
+
+        left_out = leave_out_copies()
     llm = LLM(
         spec["model"],
-        skip_tokenizer_init=True,
+        skip_tokenizer_init="melodies" not in spec,  # Whisper wants its tokenizer for the audio
         enforce_eager=True,
         disable_log_stats=False,
         **spec["engine"],
@@ -55,6 +63,20 @@ def main() -> None:
     core = llm.llm_engine.engine_core.engine_core
     manager = core.scheduler.kv_cache_manager
     jenga = type(manager.coordinator).__module__.startswith("jenga.")
+    if "cuts" in spec:
+        from tests.vllm_plugin.trace import impose_cuts
+
+        impose_cuts(core.scheduler, spec["cuts"])
+    runner = core.model_executor.driver_worker.worker.model_runner
+    if spec.get("row_by_row"):
+        from tests.vllm_plugin.trace import row_by_row
+
+        row_by_row(runner.model)
+    recorder = None
+    if "trace" in spec:
+        from tests.vllm_plugin.trace import Recorder
+
+        recorder = Recorder(runner, spec["trace"].get("force"))
     checks = peak_running = 0
     if jenga and spec.get("check"):
         schedule = core.scheduler.schedule
@@ -68,10 +90,28 @@ def main() -> None:
             return output
 
         core.scheduler.schedule = checked_schedule
-    sampling = SamplingParams(temperature=0, max_tokens=spec["max_tokens"], ignore_eos=True, detokenize=False)
+    wanted = spec["max_tokens"]
+    sampling = [
+        SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
+        for n in (wanted if isinstance(wanted, list) else [wanted] * len(spec["prompts"]))
+    ]
+    asked: list[Any] = [{"prompt_token_ids": p} for p in spec["prompts"]]
+    if "melodies" in spec:
+        from jenga.demo import whisper
+
+        asked = [
+            {
+                "encoder_prompt": {
+                    "prompt": "",
+                    "multi_modal_data": {"audio": (whisper.melody(seed), whisper.RATE)},
+                },
+                "decoder_prompt": prompt,
+            }
+            for seed, prompt in zip(spec["melodies"], asked, strict=True)
+        ]
     tokens, cached = [], []
     for _ in range(spec.get("rounds", 1)):
-        outputs = llm.generate([{"prompt_token_ids": p} for p in spec["prompts"]], sampling, use_tqdm=False)
+        outputs = llm.generate(asked, sampling, use_tqdm=False)
         tokens.append([list(o.outputs[0].token_ids) for o in outputs])
         cached.append([o.num_cached_tokens for o in outputs])
     counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
@@ -82,6 +122,7 @@ def main() -> None:
         "preemptions": counters["vllm:num_preemptions"],
         "num_blocks": manager.kv_cache_config.num_blocks,
         "kv_bytes": manager.kv_cache_config.kv_cache_tensors[0].size,
+        "managed": [type(g.kv_cache_spec).__name__ for g in manager.kv_cache_config.kv_cache_groups],
         "groups": [len(g.layer_names) for g in manager.kv_cache_config.kv_cache_groups],
         "checks": checks,
         "peak_running": peak_running,
@@ -96,6 +137,11 @@ def main() -> None:
         result["reset"] = manager.reset_prefix_cache()
         result["free_after_reset"] = coordinator.allocator.usage().free
         coordinator.check()
+    if recorder is not None:
+        result["lives"] = {who: [asdict(life) for life in lives] for who, lives in recorder.lives.items()}
+        torch.save(recorder.logits, Path(sys.argv[2]).with_suffix(".pt"))
+    if spec.get("leave_out_copies"):
+        result["left_out"] = left_out()
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

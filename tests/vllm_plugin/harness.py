@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def recall_prompts(model: Path, tables: int, pairs: int, length: int) -> tuple[l
             given.append(list(tokenizer.apply_chat_template(asked.messages, add_generation_prompt=True)["input_ids"]))
             wanted.append(list(tokenizer.encode(asked.answer, add_special_tokens=False))[:length])
     return given, wanted
+
+
+def melodies(count: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts for the decoder of an encoder-decoder, and the seeds of the audio that goes with each."""
+    return [[1, 2, 3, 4 + seed % 3] for seed in range(count)], list(range(count))
 
 
 def run(
@@ -79,14 +85,21 @@ class Audit:
 
     result: dict[str, Any]
     """The run."""
-    lives: int
-    """Times that a request was admitted or resumed."""
-    resumed: int
+    admissions: int
+    """Times that a request was admitted, or resumed after a preemption."""
+    hits: int
     """How many of them took tokens from the prefix cache."""
-    positions: int
-    """Chunk ends and decode steps compared, each with the states of all layers and the logits."""
+    changed: int
+    """Pages taken from the cache that did not hold what had been written into them."""
+    mixed: int
+    """Hits whose pages were computed with unlike cuts: what follows may round unlike any single computation."""
+    compared: int
+    """Sets of states (one per chunk and decode step) and of logits (one per sampled token), without mixed hits."""
     unlike: int
     """How many of them differ in any bit."""
+    compared_mixed: int
+    """The same after mixed hits."""
+    unlike_mixed: int
 
 
 def audit(folder: Path, name: str, spec: dict[str, Any], *, jenga: bool) -> Audit:
@@ -121,19 +134,30 @@ def audit(folder: Path, name: str, spec: dict[str, Any], *, jenga: bool) -> Audi
         },
         jenga=False,
     )
-    positions = unlike = 0
+    compared, unlike = Counter[bool](), Counter[bool]()
     for number, each in numbered.items():
         (life,) = replayed["lives"][number]
         assert life["cuts"] == each["cuts"], "the cuts were not imposed"
-        positions += len(each["digests"])
-        unlike += sum(life["digests"][end] != digest for end, digest in each["digests"].items())
+        mixed = each["life"]["mixed"]
+        for what in ("states", "logits"):
+            compared[mixed] += len(each["life"][what])
+            unlike[mixed] += sum(life[what][end] != digest for end, digest in each["life"][what].items())
+    lives = [life for each in ours["lives"].values() for life in each]
     return Audit(
-        ours, len(again), sum(life["hit"] > 0 for lives in ours["lives"].values() for life in lives), positions, unlike
+        result=ours,
+        admissions=len(lives),
+        hits=sum(life["hit"] > 0 for life in lives),
+        changed=sum(life["changed"] for life in lives),
+        mixed=sum(life["mixed"] for life in lives),
+        compared=compared[False],
+        unlike=unlike[False],
+        compared_mixed=compared[True],
+        unlike_mixed=unlike[True],
     )
 
 
 def replays(lives: dict[str, list[dict[str, Any]]], tokens: dict[str, list[int]]) -> list[dict[str, Any]]:
-    """One request per life that computes the same `tokens` in the same cuts.
+    """One request per life, to compute the same `tokens` in the same cuts.
 
     Up to the last chunk of several tokens it is a prompt; what follows was decoded, and is forced.
     """
@@ -142,14 +166,8 @@ def replays(lives: dict[str, list[dict[str, Any]]], tokens: dict[str, list[int]]
         for life in each:
             cuts = life["cuts"]
             prompt = max(b for a, b in zip([0, *cuts], cuts, strict=False) if b - a > 1)
-            made.append(
-                {
-                    "cuts": cuts,
-                    "digests": life["digests"],
-                    "prompt": tokens[who][:prompt],
-                    "force": tokens[who][prompt : cuts[-1] + 1],
-                }
-            )
+            forced = tokens[who][prompt : cuts[-1] + 1]
+            made.append({"life": life, "cuts": cuts, "prompt": tokens[who][:prompt], "force": forced})
     return made
 
 
