@@ -3,7 +3,7 @@
     JENGA=0|1 python events_run.py SPEC.json RESULT.json
 
 Three subscribers know the engine by its sockets only: one hears everything, one loses messages, one comes late to a
-short replay buffer.  The engine core is a process of its own, its sockets are files.
+short replay buffer.  The engine's sockets are files.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ class Subscriber:
 
 
 def utility(llm: LLM, name: str) -> Any:
-    core: Any = llm.llm_engine.engine_core
-    return core.call_utility(name)
+    client: Any = llm.llm_engine.engine_core
+    core = getattr(client, "engine_core", None)  # there only if it is no process of its own
+    return client.call_utility(name) if core is None else getattr(core, name)()
 
 
 def chain(tokens: list[int], size: int) -> list[int]:
