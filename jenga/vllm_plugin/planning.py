@@ -19,7 +19,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, KVCacheTensor, iter_layer_specs
 
-from jenga.layout import choose_layout
+from jenga.layout import LayoutError, choose_layout
 from jenga.vllm_plugin import checkpoints, hybrid_blocks, report, states
 from jenga.vllm_plugin.config import JengaGroupSpec, JengaKVCacheConfig
 from jenga.vllm_plugin.groups import bucket_layers, config_obstacle, describe, layer_spec, spec_obstacle
@@ -77,7 +77,10 @@ class Planner:
                 "Jenga: vLLM's own memory manager stays in charge: %s", obstacle or "all layers need the same memory"
             )
             return self._vllm.get_kv_cache_groups(vllm_config, kv_cache_spec)
-        layout = choose_layout(describe(groups), self._memory)
+        try:
+            layout = choose_layout(describe(groups), self._memory)
+        except LayoutError as error:
+            raise ValueError(f"{error}: raise kv_cache_memory_bytes (or gpu_memory_utilization)") from None
         return [
             JengaGroupSpec(
                 group.layer_names,
@@ -180,8 +183,8 @@ class Planner:
         shorter = f", or lower max_model_len to {fits:,} or less" if fits > 0 else ""
         raise ValueError(
             f"KV cache memory of {available_memory / 2**20:,.1f} MiB (null page deducted) does not hold one request of "
-            f"max_model_len={max_model_len:,} tokens, which needs {bytes_needed / 2**20:,.1f} MiB. Raise "
-            f"kv_cache_memory_bytes (or gpu_memory_utilization){shorter}."
+            f"the model's max seq len (max_model_len={max_model_len:,} tokens), which needs "
+            f"{bytes_needed / 2**20:,.1f} MiB. Raise kv_cache_memory_bytes (or gpu_memory_utilization){shorter}."
         )
 
     # -- internals ------------------------------------------------------------------------------------------
