@@ -8,9 +8,10 @@ and the engine's own hit rule is asked once per distinct set of columns.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from operator import itemgetter
 
 from jenga.hits import Hit
 from jenga.policies.pages import PageBits
@@ -19,6 +20,8 @@ from jenga.routing.rule import HitRule
 from jenga.routing.sequence import Sequencer
 
 NO_HIT = Hit(0, 0, None)
+NO_LANE = 0
+"""Stands for the lane of a group that never stored anything."""
 EPOCHS_REMEMBERED = 8
 """Past engine processes of a replica whose late messages are known as such."""
 SWEEP_FACTOR, SWEEP_MINIMUM = 4, 64
@@ -93,7 +96,7 @@ class _Replica:
 
 
 class _Asked:
-    """A hit rule that is asked about one cache after another, each given as a column of bits per group."""
+    """A hit rule that is asked about one cache after another, each given as columns of bits, the groups' first."""
 
     def __init__(self, rule: HitRule) -> None:
         self._rule = rule
@@ -101,9 +104,21 @@ class _Asked:
         self._caches = rule.caches(self._tests)
 
     def hit(self, columns: tuple[int, ...], prompt_tokens: int) -> Hit:
-        for test, bits in zip(self._tests, columns, strict=True):
+        for test, bits in zip(self._tests, columns, strict=False):
             test.bits = bits
         return self._rule.evaluate(self._caches, prompt_tokens)
+
+
+@dataclass(frozen=True)
+class _View:
+    """What a question needs beside the blocks."""
+
+    scales: list[tuple[int, int]]
+    """Block hashes per page, and the lanes whose pages are of that many."""
+    empty: dict[int, int]
+    """A column without pages for each lane."""
+    replicas: list[tuple[str, _Replica, _Asked | None, Callable[[dict[int, int]], tuple[int, ...]]]]
+    """Name, stream, rule, and how to take the replica's columns out of all."""
 
 
 class BlockIndex:
@@ -117,7 +132,7 @@ class BlockIndex:
         self._retired = 0  # lanes to be swept
         self._sweep: Iterator[int] | None = None
         self._sweeping = 0  # lanes that the sweep under way clears
-        self._view: list[tuple[int, int]] | None = None  # (hashes per page, lanes of that page size)
+        self._view: _View | None = None  # None: replicas, rules or lanes have changed
         self._batches = self._block_events = self._repeated = self._gaps = 0
         self._restarts = self._snapshots = self._inconsistent = 0
 
@@ -231,9 +246,10 @@ class BlockIndex:
         `keys` are the `key_of` of the prompt's block hashes, in order.  A replica whose cache is not known exactly
         counts as empty.
         """
-        columns: dict[int, int] = {}  # lane: the pages it has, as bits
+        view = self._view or self._look()
+        columns = view.empty.copy()  # lane: the pages it has, as bits
         get = self._blocks.get
-        for scale, lanes in self._lanes_by_scale():
+        for scale, lanes in view.scales:
             before = holders = 0
             pages = len(keys) // scale
             everything = (1 << pages) - 1
@@ -247,22 +263,18 @@ class BlockIndex:
                 while changed:
                     lane = changed & -changed
                     changed ^= lane
-                    columns[lane] = columns.get(lane, 0) ^ from_here
-        known: dict[tuple[int, tuple[int, ...]], Hit] = {}
-        asked = {id(rule): _Asked(rule) for rule in self._rules()}
+                    columns[lane] ^= from_here
+        known: dict[tuple[_Asked, tuple[int, ...]], Hit] = {}
         hits = {}
-        column = columns.get
-        for name, stream in self._replicas.items():
-            rule = stream.rule
-            if rule is None or not stream.trusted:
+        for name, stream, asked, caches in view.replicas:
+            if asked is None or not stream.trusted:
                 hits[name] = NO_HIT
                 continue
-            lane_of = stream.lanes.get
-            cached = tuple([column(lane_of(group, 0), 0) for group in range(len(rule.groups))])
+            cached = caches(columns)
             # Replicas with equal caches, so far as this prompt sees them, share one evaluation.
-            hit = known.get((id(rule), cached))
+            hit = known.get((asked, cached))
             if hit is None:
-                hit = known[id(rule), cached] = asked[id(rule)].hit(cached, prompt_tokens)
+                hit = known[asked, cached] = asked.hit(cached, prompt_tokens)
             hits[name] = hit
         return hits
 
@@ -330,6 +342,7 @@ class BlockIndex:
         stream = self._replicas.get(replica)
         if stream is None:
             stream = self._replicas[replica] = _Replica(epoch)
+            self._view = None
         elif stream.epoch != epoch:
             if epoch in stream.former:
                 return None
@@ -434,13 +447,19 @@ class BlockIndex:
         """The distinct rules; `_set_rule` sees to it that equal ones are one object."""
         return {id(stream.rule): stream.rule for stream in self._replicas.values() if stream.rule is not None}.values()
 
-    def _lanes_by_scale(self) -> list[tuple[int, int]]:
-        """Which lanes have pages of how many block hashes."""
-        if self._view is None:
-            scales: dict[int, int] = {}
-            for stream in self._replicas.values():
-                for number, group in enumerate(stream.rule.groups if stream.rule else ()):
-                    scale = group.page_tokens // stream.rule.hash_tokens if stream.rule else 1
-                    scales[scale] = scales.get(scale, 0) | stream.lanes.get(number, 0)
-            self._view = list(scales.items())
+    def _look(self) -> _View:
+        """Arrange for questions what changes seldom: replicas, their rules and lanes."""
+        asked = {id(rule): _Asked(rule) for rule in self._rules()}
+        scales: dict[int, int] = {}
+        replicas: list[tuple[str, _Replica, _Asked | None, Callable[[dict[int, int]], tuple[int, ...]]]] = []
+        for name, stream in self._replicas.items():
+            groups = stream.rule.groups if stream.rule else ()
+            lanes = [stream.lanes.get(number, NO_LANE) for number in range(len(groups))]
+            for group, lane in zip(groups, lanes, strict=True):
+                scale = group.page_tokens // stream.rule.hash_tokens if stream.rule else 1
+                scales[scale] = scales.get(scale, 0) | lane
+            # With two lanes more than there are groups the getter always answers with a tuple.
+            replicas.append((name, stream, asked.get(id(stream.rule)), itemgetter(*lanes, NO_LANE, NO_LANE)))
+        empty = {lane: 0 for stream in self._replicas.values() for lane in stream.lanes.values()} | {NO_LANE: 0}
+        self._view = _View(list(scales.items()), empty, replicas)
         return self._view
