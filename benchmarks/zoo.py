@@ -3,7 +3,9 @@
 python benchmarks/zoo.py --trace mooncake_conversation.jsonl [--models a,b] [--strategies a,b] [--jobs 2] [--update]
 
 Each model gets the memory in which exact bytes would hold `--resident` Mooncake requests (short chat: at most 400
-requests).  Prints the tables, every target that is missed, and the report vLLM #54458; writes all results to --json.
+requests, or as many as those with images).  Prints the tables, every target that is missed, and the report
+vLLM #54458; writes all results to --json.
+
 The rules of caching are Jenga's for all strategies (prompt ends and shared prefixes are kept): only geometry and
 allocation differ, so `vllm` stands better than the engine of that name, which keeps other states and windows.
 """
@@ -114,7 +116,9 @@ def run_case(case: Case) -> dict[str, Any]:
     long = list(read_mooncake(case.mooncake, 2000)) if case.mooncake else short
     memory = int(case.resident * mean_bytes(types, long))
     if case.trace == "chat":
-        memory = min(memory, int(CHAT_RESIDENT * mean_bytes(types, short)))
+        # A prompt with an image fills most of a step, so few requests decode at once.
+        most = case.resident if spec.image_tokens else CHAT_RESIDENT
+        memory = min(memory, int(most * mean_bytes(types, short)))
         bound = memory / mean_bytes(types, short)
         served = list(chat(max(1000, int(6 * bound)), image_tokens=spec.image_tokens))
     else:
@@ -288,20 +292,21 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, help="Mooncake's conversation trace; without it only short chat is run")
-    parser.add_argument("--models", default=",".join(known_models()))
+    parser.add_argument("--models", default=",".join(known_models()), help="'' simulates nothing, to show --json again")
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--resident", type=int, default=24, help="Mooncake requests that exact bytes would hold")
     parser.add_argument("--requests", type=int, default=250, help="Mooncake requests served")
     parser.add_argument("--growth-pages", type=int, default=0, help="pages left at admission for each running request")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--update", action="store_true", help="keep what --json has of other models and strategies")
+    parser.add_argument("--markdown", type=Path, help="write the short tables here")
     parser.add_argument("--json", type=Path, default=Path("results/zoo.json"))
     options = parser.parse_args()
     strategies = tuple(options.strategies.split(","))
     cases = [
         Case(model, trace, strategies, options.resident, options.requests, options.trace, options.growth_pages)
         for trace in (("chat", "mooncake") if options.trace else ("chat",))
-        for model in options.models.split(",")
+        for model in filter(None, options.models.split(","))
     ]
     console = Console(width=150)
     known = {(c["model"], c["trace"]): c for c in json.loads(options.json.read_text())} if options.update else {}
@@ -309,7 +314,7 @@ def main() -> None:
         done = pool.imap_unordered(run_case, cases)
         for case in track(done, total=len(cases), description="simulating", console=console):
             before = known.get((case["model"], case["trace"]))
-            if before is not None:
+            if before is not None and before["memory_bytes"] == case["memory_bytes"]:
                 case["results"] = before["results"] | case["results"]
             known[case["model"], case["trace"]] = case
             seconds = sum(r.get("wall_s", 0.0) for r in case["results"].values())
@@ -318,10 +323,115 @@ def main() -> None:
     shown = [s for s in STRATEGIES if all(s in c["results"] for c in ordered)]
     report(console, ordered, shown)
     report_54458(console)
+    if options.markdown is not None:
+        options.markdown.write_text(markdown(ordered))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(rounded(case), separators=(",", ":")) for case in ordered)
     options.json.write_text(f"[\n{lines}\n]\n")
     console.print(f"wrote {options.json}")
+
+
+TRACES = {"chat": "Short chat", "mooncake": "Mooncake's conversations"}
+
+MARKDOWN_HEAD = """# The zoo: 19 models under six strategies
+
+Written by `python benchmarks/zoo.py --trace FILE --markdown docs/zoo.md`; all figures are in `results/zoo.json`.
+Simulated with the real allocators, policies and prefix cache; only the time of a step is modelled (a roofline). Every
+model gets the memory in which exact bytes would hold 24 of Mooncake's requests (short chat: at most 400), and all
+requests wait from the start, so memory is short. *Bound*: a pool counted in bytes, where any free byte can become any
+page (it evicts by age alone, so a better order can pass it by a little). *Resident*: mean number of requests that
+hold memory while others wait, in % of the bound. *Waste*: padding, stranded slots, droppable and reserved pages, in %
+of the buffer; page tails apart. *Hits*: thousands of prompt tokens found cached. *Clairvoyant*: no cache of this
+memory can have more, whatever it knows (running requests take no memory from it, so it is generous).
+
+All strategies cache by Jenga's rules (the ends of prompts and of shared prefixes are kept); only geometry and
+allocation differ. So `vllm` stands better here than the engine of that name, whose checkpoints and windows are
+others.
+"""
+
+
+def markdown(cases: Sequence[dict[str, Any]]) -> str:
+    """The short form of the tables, for the documentation."""
+    lines = [MARKDOWN_HEAD]
+
+    def add(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        lines.extend([f"## {title}", "", f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}"])
+        lines.extend(f"| {' | '.join(row)} |" for row in rows)
+        lines.append("")
+
+    def resident(case: dict[str, Any], strategy: str) -> str:
+        result, exact = case["results"][strategy], case["results"]["exact"]
+        return "-" if "error" in result else f"{100 * result['resident_mean'] / exact['resident_mean']:.1f}"
+
+    def waste(case: dict[str, Any], strategy: str) -> str:
+        result = case["results"][strategy]
+        return "-" if "error" in result else f"{100 * result['waste']:.2f}"
+
+    others = ("paged", "max", "gcd", "static", "vllm", "jenga")
+    for trace, title in TRACES.items():
+        chosen = [c for c in cases if c["trace"] == trace]
+        if not chosen:
+            continue
+        names = ("model", "GiB", "bound", *others, "waste: vllm", "jenga", "its tails")
+        add(
+            f"{title}: requests resident, and waste",
+            names,
+            (
+                (
+                    c["model"],
+                    f"{c['memory_bytes'] / 2**30:.1f}",
+                    f"{c['results']['exact']['resident_mean']:.1f}",
+                    *(resident(c, s) for s in others),
+                    waste(c, "vllm"),
+                    waste(c, "jenga"),
+                    f"{100 * c['results']['jenga']['steady']['tail']:.2f}",
+                )
+                for c in chosen
+            ),
+        )
+    long = [c for c in cases if c["trace"] == "mooncake"]
+
+    def hits(case: dict[str, Any], strategy: str) -> str:
+        return f"{case['results'][strategy].get('hit_tokens', 0) / 1000:.0f}"
+
+    add(
+        "Mooncake's conversations: prefix hits",
+        ("model", "hits are multiples of: vllm", "jenga", "thousand tokens: vllm", "jenga", "exact", "clairvoyant"),
+        (
+            (
+                c["model"],
+                *(str(c["results"][s].get("hit_granularity", "-")) for s in ("vllm", "jenga")),
+                *(hits(c, s) for s in ("vllm", "jenga", "exact")),
+                f"{c['clairvoyant_hits'] / 1000:.0f}",
+            )
+            for c in long
+        ),
+    )
+
+    def gain(case: dict[str, Any], other: str) -> str:
+        theirs = case["results"].get(other, {}).get("requests_per_s")
+        return f"{case['results']['jenga']['requests_per_s'] / theirs:.2f}" if theirs else "-"
+
+    add(
+        "Mooncake's conversations: requests per second of jenga over others (in brackets: the JENGA paper on an H100)",
+        ("model", "paged", "max", "static", "vllm"),
+        (
+            (
+                c["model"],
+                *(
+                    gain(c, other) + (f" [{printed:.2f}]" if printed else "")
+                    for other, printed in zip(("paged", "max", "static"), PAPER_GAINS[c["model"]], strict=True)
+                ),
+                gain(c, "vllm"),
+            )
+            for c in long
+            if c["model"] in PAPER_GAINS
+        ),
+    )
+    lines.append("## Targets that jenga misses\n")
+    missed = [f"- {c['model']}, {TRACES[c['trace']]}: {m}" for c in cases for m in misses(c)]
+    lines.extend(missed or ["None."])
+    return "\n".join(lines) + "\n"
 
 
 def rounded(value: Any) -> Any:

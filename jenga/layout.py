@@ -100,7 +100,8 @@ def exact_layout(groups: Sequence[LayerGroup], memory_bytes: int) -> Layout:
     """The paper's geometry: the large page is the least common multiple of the (aligned) small pages."""
     strides = [_round_up(g.page_bytes, g.alignment) for g in groups]
     large = lcm(*strides)
-    return _assess(groups, large, [large // s for s in strides], memory_bytes, "exact least common multiple")
+    ratios = [large // s for s in strides]
+    return _assess(groups, _held(groups), large, ratios, memory_bytes, "exact least common multiple")
 
 
 def padded_layouts(groups: Sequence[LayerGroup]) -> Iterable[tuple[int, list[int]]]:
@@ -149,9 +150,10 @@ def choose_layout(groups: Sequence[LayerGroup], memory_bytes: int) -> Layout:
         ):
             if value < 1:
                 raise LayoutError(f"group {group.name}: {quantity} is {value}, it must be at least 1")
+    held = _held(groups)
+    padded = dict.fromkeys((large, tuple(ratios)) for large, ratios in padded_layouts(groups))
     candidates = [exact_layout(groups, memory_bytes)] + [
-        _assess(groups, large, ratios, memory_bytes, "padded to a small ratio")
-        for large, ratios in padded_layouts(groups)
+        _assess(groups, held, large, ratios, memory_bytes, "padded to a small ratio") for large, ratios in padded
     ]
     chosen = min(
         candidates,
@@ -171,17 +173,39 @@ def choose_layout(groups: Sequence[LayerGroup], memory_bytes: int) -> Layout:
     return chosen
 
 
-def _assess(groups: Sequence[LayerGroup], large: int, ratios: Sequence[int], memory_bytes: int, reason: str) -> Layout:
+_Held = Sequence[Sequence[tuple[int, bool]]]
+"""By `TYPICAL_TOKENS`, then by group: pages that a sequence holds, and whether it has dropped others meanwhile."""
+
+
+def _held(groups: Sequence[LayerGroup]) -> _Held:
+    return [
+        [
+            (
+                g.policy.pages_needed(tokens, g.page_tokens),
+                g.policy.token_pages and g.policy.resident_from(tokens, g.page_tokens) > 0,
+            )
+            for g in groups
+        ]
+        for tokens in TYPICAL_TOKENS
+    ]
+
+
+def _assess(
+    groups: Sequence[LayerGroup], held: _Held, large: int, ratios: Sequence[int], memory_bytes: int, reason: str
+) -> Layout:
     chosen = tuple(GroupLayout(g, r, large // r) for g, r in zip(groups, ratios, strict=True))
     padding = stranded = 0.0
-    for tokens in TYPICAL_TOKENS:
-        held = [c.group.policy.pages_needed(tokens, c.group.page_tokens) * c.stride for c in chosen]
-        total = sum(held) or 1  # groups that hold nothing at this length waste nothing
-        shares = [(c, memory / total) for c, memory in zip(chosen, held, strict=True)]
+    for lengths in held:
+        total = padded = sliding = 0.0
+        for place, (pages, slides) in zip(chosen, lengths, strict=True):
+            total += pages * place.stride
+            padded += pages * place.padding
+            if slides:
+                sliding += pages * place.stride * (1 - 1 / place.ratio)
+        total = total or 1.0  # groups that hold nothing at this length waste nothing
         # The worst length counts for padding: a workload has one, and no other length makes up for it.
-        padding = max(padding, sum(share * c.padding / c.stride for c, share in shares))
-        sliding = sum(share * (1 - 1 / c.ratio) for c, share in shares if _slides(c.group, tokens))
-        stranded += STRANDING * sliding / len(TYPICAL_TOKENS)
+        padding = max(padding, padded / total)
+        stranded += STRANDING * sliding / total / len(held)
     # The null page costs a whole large page, and the end of the buffer half of one on average.
     filling = (FILLING * sum(1 for r in ratios if r > 1) + 1.5) * large
     return Layout(
@@ -191,11 +215,6 @@ def _assess(groups: Sequence[LayerGroup], large: int, ratios: Sequence[int], mem
         expected_stranded=min(1.0, stranded + filling / max(1, memory_bytes)),
         reason=reason,
     )
-
-
-def _slides(group: LayerGroup, tokens: int) -> bool:
-    """Whether a sequence of `tokens` tokens has dropped pages of `group` while it runs."""
-    return group.policy.token_pages and group.policy.resident_from(tokens, group.page_tokens) > 0
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from jenga.grouping import GROUP_COST, MAX_PARTS, choose_grouping, cut
 from jenga.layout import LayerGroup, LayoutError, choose_layout
-from jenga.policies import FullAttention, RecurrentState
+from jenga.policies import FullAttention, RecurrentState, SlidingWindow
 
 STATES = LayerGroup("states", RecurrentState(), 72, 16, 72 * 4_225_024, 16)
 FULL = LayerGroup("full", FullAttention(), 72, 16, 72 * 16 * 2048, 16)
@@ -60,3 +60,18 @@ def test_ratios_are_made_rounder_where_their_multiple_would_be_huge() -> None:
     assert layout.large_page_bytes < 2 * 77_152_256
     assert all(g.padding <= 0.02 * g.stride for g in layout.groups)
     assert all(g.ratio * g.stride == layout.large_page_bytes for g in layout.groups)
+
+
+def test_windows_get_large_pages_of_their_own() -> None:
+    """Gemma-3-27B: 52 layers slide, 10 do not.  Several windows in one large page would strand free slots."""
+    window = LayerGroup("window", SlidingWindow(1024), 52, 16, 52 * 131_072, 16)
+    full = LayerGroup("full", FullAttention(), 10, 16, 10 * 131_072, 16)
+    chosen = choose_grouping([window, full], 40 << 30).layout
+    assert {place.ratio for place in chosen.groups if "window" in place.group.name} == {1}
+    assert chosen.expected_padding == 0
+    assert chosen.expected_stranded < 0.01
+
+
+def test_memory_too_small_for_any_grouping() -> None:
+    with pytest.raises(LayoutError, match="do not hold one large page"):
+        choose_grouping([STATES, FULL], 1 << 20)

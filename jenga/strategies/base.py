@@ -18,10 +18,12 @@ class PlanError(Exception):
 
 @dataclass(frozen=True)
 class Workload:
-    """What a plan may be tuned for: lengths of typical sequences, and image tokens in each (models with images)."""
+    """What a plan may be tuned for: lengths of typical sequences, image tokens in each (models with images), steps."""
 
     tokens: tuple[int, ...] = TYPICAL_TOKENS
     image_tokens: int = 0
+    chunk_tokens: int = 8192
+    """Tokens computed in one step: windows slide only between steps, so they must have room for so many."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ def split(
 ) -> Partitions:
     """Give every group the share of the buffer that sequences of the typical lengths, mixed evenly, hold in it.
 
+    Besides, windows get room for one long step: they slide only when it is done.
+
     ``counts[g]`` says which tokens group ``g`` stores something for.
 
     Raises:
@@ -36,10 +38,18 @@ def split(
     ]
     # A null page for every block table; states have none.
     nulls = tuple(int(g.policy.token_pages) for g in groups)
-    usable = memory_bytes - sum(n * s for n, s in zip(nulls, strides, strict=True))
+    longest = max(workload.tokens)
+    steps = [
+        max(0, -(-min(longest, workload.chunk_tokens) // g.page_tokens) - pages_held(g.policy, longest, g.page_tokens))
+        if g.policy.token_pages and counted is not Counts.IMAGES
+        else 0
+        for g, counted in zip(groups, counts, strict=True)
+    ]
+    fixed = [null + step for null, step in zip(nulls, steps, strict=True)]
+    usable = memory_bytes - sum(n * s for n, s in zip(fixed, strides, strict=True))
     per_sequence = sum(m * s for m, s in zip(mean, strides, strict=True))
     sequences = usable / per_sequence if per_sequence else Fraction(0)
-    slots = tuple(null + max(1, int(sequences * m)) for null, m in zip(nulls, mean, strict=True))
+    slots = tuple(n + max(1, int(sequences * m)) for n, m in zip(fixed, mean, strict=True))
     taken = sum(n * s for n, s in zip(slots, strides, strict=True))
     if sequences <= 0 or taken > memory_bytes:
         raise PlanError(
