@@ -335,18 +335,33 @@ TRACES = {"chat": "Short chat", "mooncake": "Mooncake's conversations"}
 
 MARKDOWN_HEAD = """# The zoo: 19 models under six strategies
 
-Written by `python benchmarks/zoo.py --trace FILE --markdown docs/zoo.md`; all figures are in `results/zoo.json`.
-Simulated with the real allocators, policies and prefix cache; only the time of a step is modelled (a roofline). Every
-model gets the memory in which exact bytes would hold 24 of Mooncake's requests (short chat: at most 400), and all
-requests wait from the start, so memory is short. *Bound*: a pool counted in bytes, where any free byte can become any
-page (it evicts by age alone, so a better order can pass it by a little). *Resident*: mean number of requests that
-hold memory while others wait, in % of the bound. *Waste*: padding, stranded slots, droppable and reserved pages, in %
-of the buffer; page tails apart. *Hits*: thousands of prompt tokens found cached. *Clairvoyant*: no cache of this
-memory can have more, whatever it knows (running requests take no memory from it, so it is generous).
+Written by `python benchmarks/zoo.py --trace FILE --markdown docs/zoo.md`, which also writes all figures to
+`results/zoo.json`. Simulated with the real allocators, policies and prefix cache; only the time of a step is modelled
+(a roofline). Every model gets the memory in which exact bytes would hold 24 of Mooncake's requests (short chat: at
+most 400), and all requests wait from the start, so memory is short. *Bound*: a pool counted in bytes, where any free
+byte can become any page (it evicts by age alone, so a better order can pass it by a little). *Resident*: mean number
+of requests that hold memory while others wait, in % of the bound. *Waste*: padding, stranded slots, droppable and
+reserved pages, in % of the buffer; page tails apart. *Hits*: thousands of prompt tokens found cached. *Clairvoyant*:
+no cache of this memory can have more, whatever it knows (running requests take no memory from it, so it is generous).
 
 All strategies cache by Jenga's rules (the ends of prompts and of shared prefixes are kept); only geometry and
 allocation differ. So `vllm` stands better here than the engine of that name, whose checkpoints and windows are
 others.
+"""
+
+
+MARKDOWN_CAUSES = """Causes:
+
+- *Cached pages beside live ones.* A large page with one live page cannot change hands, whatever else in it is only
+  cached. With large pages of a hundred attention pages beside one state each, that is memory that no new state can
+  have. The price falls with the ratio (`jenga.grouping` cuts states for that) and with the order in which slots are
+  filled (`jenga.allocator`).
+- *Waste above others.* `gcd` wastes nothing by these causes: it loses free memory to fragments instead, which shows in
+  residency and hits. `paged` and `static` give states a fixed region, which is full while memory is short. `jenga`
+  pays one large page as null page, and the padding that keeps ratios small.
+- *Hits below vllm.* Cached pages of unlike age share a large page and are evicted together.
+- *Gains smaller than the paper's.* The paper compares throughput on its own engine, with images and shorter answers;
+  here all strategies have chunked prefill, one step-cost model and Jenga's caching rules.
 """
 
 
@@ -429,8 +444,8 @@ def markdown(cases: Sequence[dict[str, Any]]) -> str:
         ),
     )
     lines.append("## Targets that jenga misses\n")
-    missed = [f"- {c['model']}, {TRACES[c['trace']]}: {m}" for c in cases for m in misses(c)]
-    lines.extend(missed or ["None."])
+    missed = [f"- {c['model']}, {c['trace']}: {m}" for c in cases for m in misses(c)]
+    lines.extend([*missed, "", MARKDOWN_CAUSES.rstrip()] if missed else ["None."])
     return "\n".join(lines) + "\n"
 
 
