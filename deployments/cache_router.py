@@ -11,12 +11,12 @@ from ray.serve._private.common import ReplicaID
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from deployments import keys
-from deployments.cost import Ledger, Prices, State, costs, rank
 from deployments.events import EventFeed, Source
 from deployments.placement import KV_IN_USE
 from deployments.router_metrics import RouterMetrics
 from jenga.hits import Hit
 from jenga.routing import BlockIndex
+from jenga.routing.placement import Ledger, Prices, State, costs, rank
 
 logger = logging.getLogger("ray.serve")
 
@@ -25,7 +25,7 @@ KV_STREAM = "kv_stream"
 
 
 class CacheAwareRouter(RequestRouter):
-    """Sends each request where it will be done first: `deployments.cost` on hits from `jenga.routing`.
+    """Sends each request where it will be done first: `jenga.routing.placement` on hits from `jenga.routing`.
 
     Each handle has a router of its own, with an index of its own; nothing is asked of others on a request's way.
     Requests whose tokens are unknown, and all of them while no replica's cache is known, go to the less loaded of two

@@ -157,8 +157,8 @@ class Resources(Section):
 class Router(Section):
     """How a request finds its replica.
 
-    ``cache-aware`` knows what is cached (``deployments.cost``), ``prefix-affinity`` guesses it from the requests that
-    it has sent (``deployments.placement``).
+    ``cache-aware`` knows what is cached (``jenga.routing.placement``), ``prefix-affinity`` guesses it from the
+    requests that it has sent (``deployments.placement``).
     """
 
     policy: Literal["cache-aware", "prefix-affinity", "least-loaded"] = "cache-aware"

@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.cost import Ledger, Prices, State, costs, rank
+from jenga.routing.placement import Ledger, Prices, State, costs, rank
 
 PRICES = Prices(request=32, pressure=1, slack=16)
 
