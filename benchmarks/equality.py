@@ -39,7 +39,7 @@ MODELS = {
     "whisper": (("float32",), 5.0),
 }
 AMPLE_MIB = 48.0
-GENERATED, ROUNDS = 80, 2
+GENERATED, ROUNDS = 60, 2
 CHUNK, ODD_CHUNK = 200, 77
 ENGINES = 2
 
