@@ -174,15 +174,7 @@ class PrefixCache:
 
     def lookup(self, keys: Keys, limit_tokens: int) -> Match:
         """The longest prefix of at most `limit_tokens` tokens that can be resumed.  No side effects."""
-        caches = [
-            GroupCache(
-                self.groups[g].policy,
-                self.groups[g].page_tokens,
-                _cached_test(self._index[g], keys[g]) if self.shared[g] else _nothing_cached,
-            )
-            for g in self._lookup_order
-        ]
-        hit = longest_common_hit(caches, limit_tokens, self.alignment)
+        hit = self.hit(keys, limit_tokens)
         pages: list[dict[int, int]] = []
         for g, group in enumerate(self.groups):
             if not self.shared[g]:
@@ -192,6 +184,19 @@ class PrefixCache:
             index, own = self._index[g], keys[g]
             pages.append({i: index[own[i]] for i in needed})
         return Match(hit, tuple(pages))
+
+    def hit(self, keys: Keys, limit_tokens: int, dense_only: bool = False) -> Hit:
+        """The hit of `lookup` without its pages; `dense_only` asks only the groups that need every page."""
+        groups = [g for g in self._lookup_order if self._dense[g]] if dense_only else self._lookup_order
+        caches = [
+            GroupCache(
+                self.groups[g].policy,
+                self.groups[g].page_tokens,
+                _cached_test(self._index[g], keys[g]) if self.shared[g] else _nothing_cached,
+            )
+            for g in groups
+        ]
+        return longest_common_hit(caches, limit_tokens, None if dense_only else self.alignment)
 
     def no_match(self) -> Match:
         """The match of a request that finds nothing."""

@@ -15,10 +15,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from math import inf
+from typing import Protocol
 
 from jenga.allocator import OutOfPagesError
 from jenga.layers import LayerType
-from jenga.prefix_cache import PrefixCache
+from jenga.prefix_cache import Keys, PrefixCache
 from jenga.simulate.cost import StepCost
 from jenga.simulate.report import MemorySample, Percentiles, SimulationResult, bytes_by_cause
 from jenga.strategies import Plan
@@ -27,6 +29,19 @@ from jenga.traces import TraceRequest
 MAX_SAMPLES = 256
 Progress = Callable[[int], None]
 """Called with the number of requests that are done."""
+
+
+class Watch(Protocol):
+    """Is told of each request, by serial number."""
+
+    def admitted(self, serial: int, hit_tokens: int) -> None:
+        """For the first time; it found `hit_tokens` tokens of its prompt."""
+
+    def first_token(self, serial: int, seconds: float) -> None:
+        """`seconds` after its arrival."""
+
+    def finished(self, serial: int, rejected: bool) -> None:
+        """It holds nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class _Request:
 
     def __init__(self, trace: TraceRequest) -> None:
         self.trace = trace
-        self.keys: list[list[int]] = []
+        self.keys: Keys = []
         self.computed = 0
         self.generated = 0
         self.target = trace.prompt_tokens  # tokens to compute before the next one can be sampled
@@ -62,33 +77,38 @@ class _Request:
 
 
 class Simulation:
-    """One trace under one plan; `run` once."""
+    """One trace under one plan: `run` once, or `submit` requests in order of arrival, each after `advance` to it."""
 
     def __init__(
         self,
         plan: Plan,
         types: Sequence[LayerType],
-        trace: Iterable[TraceRequest],
+        trace: Iterable[TraceRequest] = (),
         *,
         cost: StepCost | None = None,
         limits: Limits | None = None,
         progress: Progress | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self._plan = plan
         self._types = types
         self._cost = cost or StepCost()
         self._limits = limits or Limits()
         self._progress = progress
-        self._arriving = deque(sorted((_Request(t) for t in trace), key=lambda r: r.trace.arrival_s))
-        self._total = len(self._arriving)
+        self._watch = watch
+        self._trace = sorted(trace, key=lambda t: t.arrival_s)
+        self._total = 0
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}  # by serial, in order of admission
         self._prefilling: dict[int, _Request] = {}
         self._decoding = 0
         self.cache = PrefixCache([p.group for p in plan.groups], plan.pool, plan.counts)
 
+        self._all_pages = self.cache.pool.available
+
         self._step = 0
-        self._now = 0.0
+        self._now = self._busy = 0.0
+        self._horizon = inf  # the next request arrives then
         self._order = 0
         self._wakes: list[tuple[int, int, int, _Request]] = []  # step, tie-break, version: it needs a page then
         self._ends: list[tuple[int, int, int, _Request]] = []
@@ -107,19 +127,50 @@ class Simulation:
 
     def run(self) -> SimulationResult:
         """Serve the whole trace."""
-        while self._arriving or self._waiting or self._running:
-            if not self._waiting and not self._running:
-                self._now = max(self._now, self._arriving[0].trace.arrival_s)
-            self._arrive()
+        for trace in self._trace:
+            self.advance(trace.arrival_s)
+            self.submit(trace)
+        self.advance()
+        return self.result()
+
+    def advance(self, until: float = inf) -> None:
+        """Take steps until nothing is left to do, or one ends at `until` seconds or later."""
+        self._horizon = until
+        while (self._waiting or self._running) and self._now < until:
             self._one_step()
             self._skip_steps()
-        return self._result()
+
+    def submit(self, trace: TraceRequest, keys: Keys = ()) -> None:
+        """A request arrives; `keys` are those of `keys`, if they are known already."""
+        if not self.queue:
+            self._now = max(self._now, trace.arrival_s)
+        request = _Request(trace)
+        request.keys = keys
+        self._total += 1
+        self._waiting.append(request)
+
+    def keys(self, trace: TraceRequest) -> Keys:
+        """A request's contents, as the cache names them."""
+        sizes = [g.page_tokens if shared else 0 for g, shared in zip(self.cache.groups, self.cache.shared, strict=True)]
+        by_size = {size: trace.keys(size) if size else [] for size in sizes}
+        return [by_size[size] for size in sizes]
+
+    @property
+    def queue(self) -> int:
+        """Requests that run or wait."""
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def used(self) -> float:
+        """Part of the large pages that live requests hold, 0 to 1."""
+        return 1 - self.cache.pool.available / self._all_pages
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds spent in steps so far."""
+        return self._busy
 
     # -- one step -------------------------------------------------------------------------------------------
-
-    def _arrive(self) -> None:
-        while self._arriving and self._arriving[0].trace.arrival_s <= self._now:
-            self._waiting.append(self._arriving.popleft())
 
     def _one_step(self) -> None:
         before = self._preemptions
@@ -189,9 +240,7 @@ class Simulation:
                 self._short = True
                 return None
         if not request.keys:
-            sizes = [g.page_tokens if shared else 0 for g, shared in zip(cache.groups, cache.shared, strict=True)]
-            by_size = {size: trace.keys(size) if size else [] for size in sizes}
-            request.keys = [by_size[size] for size in sizes]
+            request.keys = self.keys(trace)
         cacheable = self._limits.prefix_caching and not trace.image_tokens
         match = cache.lookup(request.keys, request.target - 1) if cacheable else cache.no_match()
         growth = self._limits.growth_pages * len(self._running)
@@ -214,6 +263,8 @@ class Simulation:
         else:
             self._hits += match.hit.tokens
             self._prompts += trace.prompt_tokens
+            if self._watch is not None:
+                self._watch.admitted(trace.serial, match.hit.tokens)
         self._running[trace.serial] = self._prefilling[trace.serial] = request
         return self._prefill(request, budget) + trace.image_tokens
 
@@ -261,7 +312,7 @@ class Simulation:
         self._waiting.popleft()
         self._blocked = None
         self._rejected += 1
-        self._finish_one()
+        self._finish_one(request.trace.serial, rejected=True)
 
     def _end_prefills(self) -> None:
         for serial, request in list(self._prefilling.items()):
@@ -274,6 +325,8 @@ class Simulation:
             if request.first_token_s is None:
                 request.first_token_s = self._now
                 self._ttft.append(self._now - request.trace.arrival_s)
+                if self._watch is not None:
+                    self._watch.first_token(serial, self._ttft[-1])
             self._plan_wake(request, request.computed)
             self._order += 1
             last = self._step + request.trace.output_tokens - request.generated
@@ -296,10 +349,12 @@ class Simulation:
             self._outputs += request.trace.output_tokens
             request.version += 1
             request.keys = []
-            self._finish_one()
+            self._finish_one(serial)
 
-    def _finish_one(self) -> None:
+    def _finish_one(self, serial: int, rejected: bool = False) -> None:
         self._done += 1
+        if self._watch is not None:
+            self._watch.finished(serial, rejected)
         if self._progress is not None:
             self._progress(self._done)
 
@@ -319,8 +374,8 @@ class Simulation:
             self._short = False
         until = min(self._ends[0][0] if self._ends else self._step, self._wakes[0][0] if self._wakes else self._step)
         steps = until - self._step
-        if steps > 0 and self._arriving:
-            ahead = self._arriving[0].trace.arrival_s - self._now
+        if steps > 0 and self._horizon < inf:
+            ahead = self._horizon - self._now
             steps = min(steps, max(0, int(ahead / self._step_seconds(self._decoding))))
         if steps > 0:
             self._take_time(self._decoding, steps)
@@ -341,6 +396,7 @@ class Simulation:
         seconds = self._step_seconds(tokens) * steps
         self._context += self._decoding * steps
         self._now += seconds
+        self._busy += seconds
         self._all_resident_time += seconds * len(self._running)
         if self._short:
             self._short_time += seconds
@@ -367,7 +423,8 @@ class Simulation:
             self._sample_every *= 2
         self._next_sample = self._step + self._sample_every
 
-    def _result(self) -> SimulationResult:
+    def result(self) -> SimulationResult:
+        """What has happened so far."""
         short = self._short_time > 0
         weight = self._short_time if short else self._now
         return SimulationResult(
