@@ -29,6 +29,9 @@ _LOG_TAIL_BYTES = 1 << 20
 # How often the memory's state is asked for, and how long an answer may take.
 _PERIOD_S = 2.0
 _ANSWER_S = 10.0
+# How often the engine's death is looked for, and how long the errors of its requests have to be sent.
+_WATCH_S = 0.2
+_LAST_WORDS_S = 0.3
 # Causes of `jenga.metrics` that live requests account for, and the steps of the fraction told to routers.
 _LIVE = ("needed", "tail", "droppable")
 _STEPS = 20
@@ -65,10 +68,23 @@ class JengaServer(LLMServer):
                 )
             ) from None
         self._metrics = asyncio.create_task(self._export_metrics())
+        self._watch = asyncio.create_task(self._end_with_the_engine())
         if self._llm_config.engine_kwargs.get("kv_events_config"):
             self._snapshots = SnapshotServer(self._snapshot).start(ray.util.get_node_ip_address())
             await self._locate_stream()
             self._compare_predictions()
+
+    async def _end_with_the_engine(self) -> None:
+        """End this process soon after its engine has died.
+
+        Ray learns of a dead process at once, of a failed health check after several periods, and until then an engine
+        that fails every request fast looks idle to every router.
+        """
+        while not self.engine._engine_client.errored:
+            await asyncio.sleep(_WATCH_S)
+        logger.error("the engine died: this replica ends, and Ray starts another one")
+        await asyncio.sleep(_LAST_WORDS_S)
+        os._exit(1)
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What routers learn of this replica: Ray's own, the part of the KV memory in use, and where its events are."""

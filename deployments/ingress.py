@@ -1,5 +1,6 @@
 """OpenAI ingress: Ray's, with OpenAI's error form for every kind of failure."""
 
+import asyncio
 import json
 import logging
 import re
@@ -34,6 +35,10 @@ ENDPOINTS = {name: DEFAULT_ENDPOINTS[name] for name in ("completions", "chat")} 
 
 # Key of Ray's model card: tokens of prompt and answer together, None if the configuration does not say.
 _LENGTH = "max_request_context_length"
+
+
+_RETRY_PAUSES_S = (0.1, 0.5, 1.0, 2.0, 4.0)
+"""Seconds before each new try of a request whose replica died before it answered.  A dead engine is found in 2 s."""
 
 
 def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -242,8 +247,19 @@ class Ingress(OpenAiIngress):
         """Ray's handling; what a replica raises becomes an answer that says whose fault it was."""
         if raw_request is not None:
             raw_request.state.body_was_read = True
-        attach(body, await self._token_ids(body, raw_request))
+        ids = await self._token_ids(body, raw_request)
         try:
+            for pause in _RETRY_PAUSES_S:
+                attach(body, ids)
+                try:
+                    return await super()._process_llm_request(body, call_method, raw_request)
+                except (EngineDeadError, RayActorError) as error:
+                    # Nothing was answered yet, so another replica may have it; Ray finds the dead one meanwhile.
+                    logger.warning(
+                        "a replica died under a request, which goes to another one: %s", type(error).__name__
+                    )
+                    await asyncio.sleep(pause)
+            attach(body, ids)
             return await super()._process_llm_request(body, call_method, raw_request)
         except OpenAIHTTPException as error:
             # vLLM's words for a prompt that fills the whole context, whatever max_tokens was asked for.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import yaml
 
 from deployments.local.ports import free_ports
 from deployments.local.record import Record, read
+from jenga.demo import recall
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "gemma3-recall"
@@ -307,6 +309,74 @@ def test_both_replicas_answer_and_are_counted(served: Running) -> None:
     while sum(count > 0 for count in replicas_used(served).values()) < 2:
         assert time.monotonic() < end, replicas_used(served)
         time.sleep(2)
+
+
+def predictions(running: Running) -> dict[str, float]:
+    """Requests by what became of the router's prediction, from both replicas."""
+    found: dict[str, float] = {}
+    pattern = r"^ray_jenga_router_predictions_total\{(.*)\} ([\d.e+]+)$"
+    for labels, value in re.findall(pattern, running.scrape(), re.MULTILINE):
+        outcome = dict(re.findall(r'(\w+)="([^"]*)"', labels))["outcome"]
+        found[outcome] = found.get(outcome, 0) + float(value)
+    return found
+
+
+def ask_about_tables(running: Running, requests: int, seed: int) -> tuple[int, int]:
+    """Questions about a few tables, one after the other: right answers, and cached tokens."""
+    right = cached = 0
+    for i in range(requests):
+        question = recall.table(seed + i * 7 % 8, 100).ask(i % 90, "?")
+        with running.http as http:
+            got = http.post(
+                "/v1/chat/completions",
+                json={"model": MODEL, "messages": question.messages, "max_tokens": 4, "temperature": 0},
+            )
+        assert got.status_code == 200, got.text
+        right += got.json()["choices"][0]["message"]["content"] == question.answer
+        cached += got.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return right, cached
+
+
+def counted(running: Running, requests: float) -> dict[str, float]:
+    """Predictions, once that many are counted."""
+    end = time.monotonic() + 60
+    while sum((found := predictions(running)).values()) < requests:
+        assert time.monotonic() < end, found
+        time.sleep(2)
+    return found
+
+
+def test_the_router_knows_what_is_cached(served: Running) -> None:
+    time.sleep(8)  # what earlier tests sent is counted by now
+    before = predictions(served)
+    right, cached = ask_about_tables(served, 60, seed=100)
+    assert right >= 57
+    assert cached > 10_000
+    after = counted(served, sum(before.values()) + 60)
+    assert after["exact"] - before.get("exact", 0) == 60, (before, after)
+
+
+def test_a_killed_engine_costs_no_request_and_is_promised_nothing(served: Running) -> None:
+    supervisor = psutil.Process(served.record.supervisor.pid)
+    engines = [p for p in supervisor.children(recursive=True) if "EngineCore" in p.name() + " ".join(p.cmdline())]
+    assert len(engines) == 2
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask_about_tables, served, 12, 200 + 10 * i) for i in range(4)]
+        time.sleep(0.5)
+        engines[0].kill()
+        assert all(future.result()[0] >= 10 for future in asked), "every request is answered, by the other replica"
+    end = time.monotonic() + 120
+    while True:
+        alive = [p for p in supervisor.children(recursive=True) if "EngineCore" in p.name() + " ".join(p.cmdline())]
+        if len(alive) == 2 and jenga(served.state, "status").returncode == 0:
+            break
+        assert time.monotonic() < end, "the replica comes back"
+        time.sleep(2)
+    time.sleep(8)
+    before = predictions(served)
+    ask_about_tables(served, 40, seed=300)
+    after = counted(served, sum(before.values()) + 40)
+    assert after["exact"] - before.get("exact", 0) == 40, (before, after)
 
 
 def test_memory_by_group_and_state_reaches_the_scrape_with_a_replica_label(served: Running) -> None:
