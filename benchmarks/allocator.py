@@ -43,7 +43,7 @@ from jenga.hits import GroupCache, longest_common_hit
 from jenga.models import ModelSpec
 from jenga.vllm_plugin.config import JengaKVCacheConfig
 
-STEPS = 200
+STEPS = 100
 Times = dict[str, float]
 
 
@@ -333,7 +333,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["gemma-3-27b", "falcon-h1-34b"], metavar="NAME")
     parser.add_argument("--requests", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--pools", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, default=Path("results/allocator.json"))
     arguments = parser.parse_args()
     init_none_hash(sha256)

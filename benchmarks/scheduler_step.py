@@ -66,13 +66,14 @@ from jenga.strategies import make_plan
 from jenga.vllm_plugin import adapter
 from jenga.vllm_plugin.config import JengaKVCacheConfig
 
-MODELS = (*catalogue.NAMES, "gemma-3-27b", "falcon-h1-34b", "qwen3-next-80b")
+DEMO = (catalogue.RECALL, catalogue.GRANITE, catalogue.QWEN3_NEXT)
+MODELS = ("gemma-3-27b", "falcon-h1-34b", "qwen3-next-80b", *DEMO)
 PAGE_TOKENS = 16
 PROMPT, SHARED, FAMILIES = 1024, 512, 8
 OUTPUT = (64, 192)
 MAX_LEN, BATCHED_TOKENS = 4096, 8192
 SLACK = 1.5
-WARM_STEPS = 200
+WARM_STEPS = 120
 SAMPLED = 7
 SIDES = ("vllm", "jenga")
 
@@ -297,8 +298,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
     parser.add_argument("--requests", type=int, nargs="+", default=[16, 64, 256, 512])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, default=Path("results/scheduler_step.json"))
     arguments = parser.parse_args()
     init_none_hash(sha256)

@@ -67,6 +67,11 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         self._policies = tuple(g.group.policy for g in config.layout.groups)
         self._steady = not self.eagle_group_ids and all(map(is_steady, self.single_type_managers))
         self.marks: dict[str, Marks] = {}
+        self._first_needed = [
+            partial(policy.resident_from, page_tokens=size)
+            for policy, size in zip(self._policies, self.group_block_sizes, strict=True)
+            if policy.resident_from(FAR, size) > 0
+        ]
         idle = SingleTypeKVCacheManager.new_step_starts
         self._stepping = [m for m in self.single_type_managers if type(m).new_step_starts is not idle]
         self._no_blocks: Blocks = tuple([] for _ in self.pools)
@@ -150,11 +155,10 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
             self._needs = None
         if marks is None:
             self._count_hit()
-        self.marks[request_id] = Marks(
-            min(len(m.req_to_blocks[request_id]) * m.block_size for m in self.single_type_managers)
-            if self._steady
-            else 0
-        )
+            marks = self.marks[request_id] = Marks()
+        marks.droppable = 0  # a state that moved on may have left a page behind
+        if self._steady:
+            marks.slots = min([len(m.req_to_blocks[request_id]) * m.block_size for m in self.single_type_managers])
         return blocks
 
     def allocate_new_computed_blocks(
@@ -208,11 +212,10 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
     def _next_drop(self, tokens: int) -> int:
         """Fewest computed tokens, above `tokens` and at most a block above it, that may make a page needless."""
         ahead = range(tokens + 1, tokens + 1 + self.scheduler_block_size)
-        steps = [
-            bisect_right(ahead, policy.resident_from(tokens, size), key=partial(policy.resident_from, page_tokens=size))
-            for policy, size in zip(self._policies, self.group_block_sizes, strict=True)
-        ]
-        return tokens + 1 + min(steps)
+        return ahead.start + min(
+            (bisect_right(ahead, first_needed(tokens), key=first_needed) for first_needed in self._first_needed),
+            default=len(ahead),
+        )
 
     def free(self, request_id: str) -> None:
         """Release a request's blocks of all groups together, tail first (balanced and aligned eviction)."""

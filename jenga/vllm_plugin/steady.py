@@ -26,11 +26,13 @@ class Marks:
 
     __slots__ = ("cacheable", "droppable", "slots")
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self) -> None:
+        self.slots = 0
         """Tokens that have a slot in every group."""
-        self.cacheable = self.droppable = 0
-        """Fewest tokens at which there may be something more to cache, and to drop."""
+        self.cacheable = 0
+        """Fewest tokens at which there may be something more to cache."""
+        self.droppable = 0
+        """Fewest tokens at which there may be something more to drop."""
 
 
 def is_steady(manager: SingleTypeKVCacheManager) -> bool:
