@@ -112,8 +112,13 @@ def chain(tokens: list[int], size: int) -> list[int]:
 
 
 def main() -> None:
-    spec: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
-    folder = tempfile.mkdtemp(prefix="kv-")
+    with tempfile.TemporaryDirectory(prefix="kv-", ignore_cleanup_errors=True) as folder:
+        result = watch(json.loads(Path(sys.argv[1]).read_text()), folder)
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+def watch(spec: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Run the engine over the spec's requests; its sockets lie in `folder`."""
     llm = LLM(
         spec["model"],
         skip_tokenizer_init=True,
@@ -222,7 +227,7 @@ def main() -> None:
         if not any(group.blocks for group in faithful.index.contents(NAME).groups):
             break
     result["left_after_reset"] = sum(len(group.blocks) for group in faithful.index.contents(NAME).groups)
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    return result
 
 
 def same(believed: Snapshot, truth: Snapshot) -> bool:

@@ -70,7 +70,7 @@ def watched(model: Path, name: str, folder: Path) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(RUNNER), str(spec), str(result)],
         # Where the engine core is a process of its own, what it answers travels too; once is enough.
-        env={**os.environ, "JENGA": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(name == "granite-hybrid"))},
+        env={**os.environ, "JENGA": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(name == "one-type"))},
         capture_output=True,
         text=True,
         timeout=500,
