@@ -359,7 +359,8 @@ MARKDOWN_CAUSES = """Causes:
 - *Waste above others.* `gcd` wastes nothing by these causes: it loses free memory to fragments instead, which shows in
   residency and hits. `paged` and `static` give states a fixed region, which is full while memory is short. `jenga`
   pays one large page as null page, and the padding that keeps ratios small.
-- *Hits below vllm.* Cached pages of unlike age share a large page and are evicted together.
+- *Hits below vllm.* Cached pages of unlike age share a large page and are evicted together. With PyramidKV, `vllm` and
+  `paged` keep all tokens, so they can be hit; what a budget has dropped cannot, under any memory manager.
 - *Gains smaller than the paper's.* The paper compares throughput on its own engine, with images and shorter answers;
   here all strategies have chunked prefill, one step-cost model and Jenga's caching rules.
 """

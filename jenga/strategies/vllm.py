@@ -281,7 +281,10 @@ def _draft_copies(shares: Sequence[Share], drafts: Sequence[LayerType]) -> list[
 def _place(number: int, group: _Group, shares: Sequence[Share], block_bytes: int) -> GroupLayout:
     spec = group.layers[0][0]
     policy = spec.type.policy
-    promoted = isinstance(policy, SlidingWindow) and any(s.is_mla for s, _ in group.layers)
+    # vLLM drops no tokens by their content, and windows beside MLA only if their pages can be made equal.
+    promoted = isinstance(policy, TokenBudget) or (
+        isinstance(policy, SlidingWindow) and any(s.is_mla for s, _ in group.layers)
+    )
     names = " + ".join(dict.fromkeys(s.type.name for s in shares))
     made = LayerGroup(
         name=f"{number}: {names}",
