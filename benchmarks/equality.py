@@ -1,12 +1,12 @@
 """Greedy tokens under Jenga's memory manager against stock vLLM, counted, on the CPU engine with the demo models.
 
 For each model and number format the reference is stock vLLM with ample memory, prefix caching and prefills of up to 200
-tokens and asynchronous scheduling.  Eight settings vary memory, caching, the size of prefills (an odd 77) and
+tokens.  Eight settings vary memory, caching, the size of prefills (an odd 77) and
 asynchronous scheduling, so that each pair of values occurs twice.  In float32 nothing may differ.  In bfloat16 other
 cuts and batches round otherwise, so stock runs in the same eight settings: the yardstick (`states.py` tells rounding
 from faults).
 
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/equality.py            # 20 minutes on 4 busy cores, two engines at a time
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/equality.py    # 20 minutes on 4 busy cores
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ with its own.
 A hit whose attention pages and state were computed with unlike cuts ("mixed") rounds like no single computation; what
 follows is counted apart.  Pages as long as the kernel's chunks leave its rounding alone, and so need no such exception.
 
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/states.py            # 20 minutes on 4 busy cores
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/states.py    # 20 minutes on 4 busy cores
 """
 
 from __future__ import annotations
