@@ -37,8 +37,8 @@ Blocks = tuple[list[KVCacheBlock], ...]
 FAR = 1 << 40
 """Tokens; longer than any sequence."""
 
-ANSWER_HEADROOM = 0.05
-"""Share of the large pages that must be available for the end of a running answer to be kept."""
+ANSWER_SHARE = 0.5
+"""Most of the available large pages that the ends of running answers may take: the rest is for what others share."""
 
 
 class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
@@ -314,6 +314,8 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
             for g, (m, policy) in enumerate(zip(managers, self._policies, strict=True))
             if g not in self._states and policy.resident_from(FAR, m.block_size) > 0
         ]
+        self._answers = 0  # running requests with states kept for the end of their answer
+        self._state_pages = sum(1 / self.kv_cache_config.ratios[g] for g in self._states)  # large pages of one's states
         options = self.kv_cache_config.checkpoints
         self.checkpoints = Checkpoints(options, self.scheduler_block_size, self.hash_block_size)
 
@@ -377,7 +379,7 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
             and self.retention_interval == 0
             and tokens % self.scheduler_block_size == 0
             and tokens > kept.prompt_end
-            and self.allocator.available > ANSWER_HEADROOM * self.allocator.large_pages
+            and (self._answers + (not kept.states)) * self._state_pages <= ANSWER_SHARE * self.allocator.available
         )
 
     def _replace_answer(self, kept: Kept) -> None:
@@ -385,6 +387,7 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
 
         So a running answer has one state more than it works on.
         """
+        self._answers += not kept.states
         for pool, block, block_hash in kept.states:
             if block.ref_cnt == 0 and block.block_hash == block_hash:
                 pool.uncache(block)
@@ -398,6 +401,7 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
     def pop_blocks_by_group(self, request_id: str) -> list[list[KVCacheBlock]]:
         """The request's blocks, with the states and windows at the end of its answer."""
         kept = self.checkpoints.requests.pop(request_id, None)
+        self._answers -= kept is not None and bool(kept.states)
         if kept is not None and self.kv_cache_config.checkpoints.answers:
             self._keep_answer(kept, kept.computed - kept.computed % self.scheduler_block_size)
         return super().pop_blocks_by_group(request_id)
