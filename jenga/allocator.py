@@ -14,16 +14,15 @@ Where a small page comes from, in this order:
    come back whole when it ends.  Everything smaller shares (measured on vLLM: at 130 small pages per
    large one, private large pages cost as much as stock's inflated blocks);
 2. a free slot of a partly live large page, the fullest first, so that emptier ones drain and come free;
-3. a free large page;
-4. a free slot of an evictable large page of the same group;
-5. eviction: the older of (the least recently used cached page inside a partly live large page of the group) and
-   (the large page, of any group, that has been evictable longest: balanced eviction, since what one layer type
-   keeps beyond the others' age cannot be hit).  If that one is the group's own, only its oldest page is evicted.
+3. while at most one large page in `SCARCE` is free: the oldest cached page of the fullest partly live large page.  No
+   other group can use it, and every group can use a large page.  (Taking large pages first lets cached pages
+   spread over ever more large pages, none of which drains: simulated, a fifth of the buffer on Jamba);
+4. a free large page;
+5. a free slot of an evictable large page of the same group;
+6. the large page, of any group, that has been evictable longest (balanced eviction: what one layer type keeps beyond
+   the others' age cannot be hit).  If that one is the group's own, only its oldest page is evicted.
 
-Ages are those of `tick`.  Evictable large pages, and cached pages inside one large page, are in exact order of age.
-Partly live large pages are in order of their oldest cached page, which is looked at again when their turn comes: if
-it has changed, the large page is placed anew, first if it is older than the next one, else last (its exact place
-would cost a search).
+Evictable large pages, and cached pages inside one large page, are in exact order of age, which is that of release.
 
 Every operation is O(1) per small page asked, amortised; nothing scans the pool.
 """
@@ -86,6 +85,9 @@ class Counters:
     """Large pages granted whole to one request (step 1)."""
 
 
+SCARCE = 32
+"""When at most one large page in so many is free, cached pages beside live ones are used up first."""
+
 EvictCallback = Callable[[int, int], None]
 # Plain integers: looking up a member of an enumeration costs as much as the rest of an operation's bookkeeping.
 _FREE, _LIVE, _CACHED = int(PageState.FREE), int(PageState.LIVE), int(PageState.CACHED)
@@ -102,6 +104,7 @@ class _Group:
         "live_pages",
         "mask",
         "mixed",
+        "mixed_mask",
         "open_slots",
         "owned",
         "partial",
@@ -117,9 +120,9 @@ class _Group:
         # OrderedDict, because the first key of a dict that is emptied from its front takes a scan to find.
         self.partial: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(ratio + 1)]
         self.mask = 0
-        # Partly live large pages with something cached, least recently used first, and the time their oldest
-        # cached page fell out of use when they were placed here.
-        self.mixed: OrderedDict[int, int] = OrderedDict()
+        # Partly live large pages with something cached, in the same way.
+        self.mixed: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(ratio + 1)]
+        self.mixed_mask = 0
         self.open_slots = 0  # small pages, free or cached, of partly live large pages
         self.owned = 0
         self.live_pages = 0
@@ -284,6 +287,8 @@ class TwoLevelAllocator:
         g.live_pages -= count
         if slots:
             self._unbucket(g, large, live)
+        if cached:
+            self._unmix(g, large, live)
         state = g.state
         if keep:
             g.cached_pages += count
@@ -298,11 +303,10 @@ class TwoLevelAllocator:
             self._bucket(g, large, left)
         if left:
             g.open_slots += count
-            if keep and large not in g.mixed:
-                g.mixed[large] = now
+            if cached:
+                self._mix(g, large, left)
         else:
             g.open_slots -= g.ratio - live
-            g.mixed.pop(large, None)
             if cached:
                 self._evictable[large] = now
             else:
@@ -399,7 +403,8 @@ class TwoLevelAllocator:
                 assert len(set(slots)) == len(slots) == g.ratio - live - cached, f"large page {large}: slots differ"
                 assert all(g.state[s] == PageState.FREE for s in slots), f"large page {large}: slot not free"
                 assert (large in self._evictable) == (live == 0), f"large page {large}: evictable is wrong"
-                assert (large in g.mixed) == (live > 0 and cached > 0), f"large page {large}: mixed is wrong"
+                mixed = [n for n, bucket in enumerate(g.mixed) if large in bucket]
+                assert mixed == ([live] if live and cached else []), f"large page {large}: mixed in buckets {mixed}"
                 buckets = [n for n, bucket in enumerate(g.partial) if large in bucket]
                 assert buckets == ([live] if slots else []), f"large page {large}: in buckets {buckets}"
                 if live:
@@ -407,6 +412,7 @@ class TwoLevelAllocator:
             assert totals[1:] == [g.live_pages, g.cached_pages], f"group {index}: totals differ"
             assert open_slots == g.open_slots, f"group {index}: open slots {g.open_slots}, counted {open_slots}"
             assert g.mask == sum(1 << n for n, bucket in enumerate(g.partial) if bucket), f"group {index}: mask"
+            assert g.mixed_mask == sum(1 << n for n, b in enumerate(g.mixed) if b), f"group {index}: mixed mask"
         owned_total = sum(g.owned for g in self._groups)
         assert owned_total + len(free) + self.reserved == self.large_pages, "large pages lost or doubled"
         stamps = list(self._evictable.values())
@@ -469,8 +475,8 @@ class TwoLevelAllocator:
         cached = self._cached[large]
         del cached[page]
         g.cached_pages -= 1
-        if not cached:
-            g.mixed.pop(large, None)
+        if not cached and self._live[large]:
+            self._unmix(g, large, self._live[large])
 
     def _enliven(self, g: _Group, large: int, page: int) -> None:
         """A cached page becomes live."""
@@ -484,6 +490,9 @@ class TwoLevelAllocator:
             self._bucket(g, large, live + 1)
         if live:
             g.open_slots -= 1
+            if self._cached[large]:
+                self._unmix(g, large, live)
+                self._mix(g, large, live + 1)
         else:
             self._leave_evictable(g, large)
             g.open_slots += g.ratio - 1
@@ -491,7 +500,7 @@ class TwoLevelAllocator:
     def _leave_evictable(self, g: _Group, large: int) -> None:
         """A large page without live pages gets one."""
         if self._evictable.pop(large, None) is not None and self._cached[large]:
-            self._mix(g, large)
+            self._mix(g, large, self._live[large])
 
     def _return_large(self, g: _Group, large: int) -> None:
         """An owned large page without live or cached pages goes back to the free list."""
@@ -536,27 +545,25 @@ class TwoLevelAllocator:
         return pages
 
     def _grant_shared(self, index: int, g: _Group, count: int) -> list[int]:
-        """Up to `count` small pages of one large page: steps 2 to 5, which would all go on in the page they began."""
+        """Up to `count` small pages of one large page: steps 2 to 6, which would all go on in the page they began."""
         partly_live = g.mask & ~1
         if partly_live:
             fullest = g.partial[partly_live.bit_length() - 1]
             return self._take_slots(g, next(iter(fullest)), count)
         spare = self._spare(index)
-        if spare > 0:
-            if self._free:
-                return self._take_slots(g, self._carve(index, g), count)
-            if g.mask:  # a free slot in an evictable page of the group: nothing need be evicted
-                return self._take_slots(g, next(iter(g.partial[0])), count)
-        mixed = self._next_mixed(g) if g.mixed else None
-        if spare > 0:
-            oldest, stamp = next(iter(self._evictable.items()))
-            if mixed is None or self._oldest(mixed) > stamp:
-                if self._owner[oldest] == index:  # its other pages can stay cached
-                    return [self._reuse_cached(index, g, oldest)]
-                self._evict_large(oldest)
-                return self._take_slots(g, self._carve(index, g), count)
-        assert mixed is not None, "allocate has counted the open slots"
-        return [self._reuse_cached(index, g, mixed)]
+        fullest_mixed = next(iter(g.mixed[g.mixed_mask.bit_length() - 1])) if g.mixed_mask else None
+        if fullest_mixed is not None and (spare <= 0 or len(self._free) * SCARCE <= self.large_pages):
+            return [self._reuse_cached(index, g, fullest_mixed)]
+        assert spare > 0, "allocate has counted the open slots"
+        if self._free:
+            return self._take_slots(g, self._carve(index, g), count)
+        if g.mask:  # a free slot in an evictable page of the group: nothing need be evicted
+            return self._take_slots(g, next(iter(g.partial[0])), count)
+        oldest = next(iter(self._evictable))
+        if self._owner[oldest] == index:  # its other pages can stay cached
+            return [self._reuse_cached(index, g, oldest)]
+        self._evict_large(oldest)
+        return self._take_slots(g, self._carve(index, g), count)
 
     def _carve(self, index: int, g: _Group) -> int:
         large = self._own(index, g)
@@ -579,6 +586,9 @@ class TwoLevelAllocator:
         self._live[large] = now
         if live:
             g.open_slots -= len(pages)
+            if self._cached[large]:
+                self._unmix(g, large, live)
+                self._mix(g, large, now)
         else:
             self._leave_evictable(g, large)
             g.open_slots += g.ratio - now
@@ -586,26 +596,15 @@ class TwoLevelAllocator:
             self._bucket(g, large, now)
         return pages
 
-    def _oldest(self, large: int) -> int:
-        """Time at which the oldest cached page of a large page fell out of use."""
-        return next(iter(self._cached[large].values()))
+    def _mix(self, g: _Group, large: int, live: int) -> None:
+        g.mixed[live][large] = None
+        g.mixed_mask |= 1 << live
 
-    def _mix(self, g: _Group, large: int) -> None:
-        """Place a large page that has live and cached pages in the order of eviction (module docstring)."""
-        oldest = self._oldest(large)
-        first = next(iter(g.mixed.values()), oldest)
-        g.mixed[large] = oldest
-        if oldest < first:
-            g.mixed.move_to_end(large, last=False)
-
-    def _next_mixed(self, g: _Group) -> int:
-        """The partly live large page whose oldest cached page goes next."""
-        while True:
-            large, stamp = next(iter(g.mixed.items()))
-            if self._oldest(large) == stamp:
-                return large
-            del g.mixed[large]
-            self._mix(g, large)
+    def _unmix(self, g: _Group, large: int, live: int) -> None:
+        bucket = g.mixed[live]
+        del bucket[large]
+        if not bucket:
+            g.mixed_mask &= ~(1 << live)
 
     def _reuse_cached(self, index: int, g: _Group, large: int) -> int:
         """Evict the least recently used cached page of an owned large page and grant its place."""

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from jenga.allocator import OutOfPagesError, PageError, PageState, TwoLevelAllocator
+from jenga.allocator import SCARCE, OutOfPagesError, PageError, PageState, TwoLevelAllocator
 
 LIVE = "live"
 
@@ -32,7 +32,6 @@ class Model:
         self.clock = 0
         self.expected = [0] * len(ratios)
         self.evictable = []  # (large page, time), in the order in which they became so
-        self.mixed = [[] for _ in ratios]  # (partly live large page, its oldest cached page's time when placed)
         self.evicted = [0] * len(ratios)
 
     def inside(self, g, large):
@@ -83,7 +82,7 @@ class Model:
         return min(t for t, _ in self.stamps(g, large))
 
     def set(self, g, page, value):
-        """Change one page and keep the two orders of eviction."""
+        """Change one page and keep the order of eviction."""
         large = page // self.ratios[g]
         self.pages[g].pop(page, None)
         if value is not None:
@@ -95,21 +94,10 @@ class Model:
             self.evictable.append((large, self.clock))
         elif listed and (alive or not after):
             self.evictable = [e for e in self.evictable if e[0] != large]
-        placed = large in dict(self.mixed[g])
-        if placed and not (after and alive):
-            self.mixed[g] = [e for e in self.mixed[g] if e[0] != large]
-        elif not placed and after and alive:
-            self.place(g, large)
 
-    def place(self, g, large):
-        entry, order = (large, self.oldest(g, large)), self.mixed[g]
-        order.insert(0 if order and entry[1] < order[0][1] else len(order), entry)
-
-    def next_mixed(self, g):
-        order = self.mixed[g]
-        while order[0][1] != self.oldest(g, order[0][0]):
-            self.place(g, order.pop(0)[0])
-        return order[0][0]
+    def mixed(self, g):
+        """The partly live large pages with something cached, with the live pages in each."""
+        return {n: list(self.inside(g, n).values()).count(LIVE) for n in self.partly_live(g) if self.stamps(g, n)}
 
     def evict(self, g, page, events):
         assert events, f"page {page} of group {g} should have been evicted"
@@ -137,10 +125,14 @@ class Model:
             live = {n: list(self.inside(g, n).values()).count(LIVE) for n in with_slot}
             if any(live.values()):
                 assert live.get(large) == max(live.values()), "step 2: not a slot of the fullest"
-            elif self.spare(g) > 0 and self.free_large():
-                assert large in self.free_large(), "step 3: not a free large page"
-            elif self.spare(g) > 0 and with_slot:
-                assert large in with_slot, "step 4: not an evictable large page of the group with a free slot"
+            elif self.mixed(g) and (len(self.free_large()) * SCARCE <= self.large_pages or self.spare(g) <= 0):
+                mixed = self.mixed(g)
+                assert mixed.get(large) == max(mixed.values()), "step 3: not the fullest with something cached"
+                self.evict(g, self.first_cached(g, large), events)
+            elif self.free_large():
+                assert large in self.free_large(), "step 4: not a free large page"
+            elif with_slot:
+                assert large in with_slot, "step 5: not an evictable large page of the group with a free slot"
             else:
                 self.expect_eviction(g, large, events)
             assert s not in self.pages[g], f"page {s} of group {g} was granted twice"
@@ -149,18 +141,12 @@ class Model:
         self.expected[g] = max(0, self.expected[g] - len(pages))
 
     def expect_eviction(self, g, large, events):
-        mixed = self.next_mixed(g) if self.mixed[g] else None
-        if self.spare(g) > 0:
-            oldest, stamp = self.evictable[0]
-            if mixed is None or self.oldest(g, mixed) > stamp:
-                owner = next(h for h in range(len(self.ratios)) if oldest in self.owned(h))
-                victims = [s for s, _ in self.pages[owner].items() if s // self.ratios[owner] == oldest]
-                for s in victims[:1] if owner == g else victims:
-                    self.evict(owner, s, events)
-                assert large == oldest, "step 5: not the large page that has been evictable longest"
-                return
-        assert mixed == large, "step 5: not the partly live large page whose turn it is"
-        self.evict(g, self.first_cached(g, mixed), events)
+        oldest, _ = self.evictable[0]
+        owner = next(h for h in range(len(self.ratios)) if oldest in self.owned(h))
+        victims = [s for s, _ in self.pages[owner].items() if s // self.ratios[owner] == oldest]
+        for s in victims[:1] if owner == g else victims:
+            self.evict(owner, s, events)
+        assert large == oldest, "step 6: not the large page that has been evictable longest"
 
 
 def allocate_all(pool, order, wants):
@@ -419,14 +405,21 @@ class NewestEvictableFirst(TwoLevelAllocator):
             self._evictable.move_to_end(large, last=False)
 
 
-class MixesInOrderOfArrival(TwoLevelAllocator):
-    def _mix(self, g, large):
-        g.mixed[large] = self._oldest(large)
+class EmptiestMixedFirst(TwoLevelAllocator):
+    def _grant_shared(self, index, g, count):
+        mask = g.mixed_mask
+        if mask and not g.mask & ~1 and len(self._free) * SCARCE <= self.large_pages:
+            return [self._reuse_cached(index, g, next(iter(g.mixed[(mask & -mask).bit_length() - 1])))]
+        return super()._grant_shared(index, g, count)
 
 
-class TrustsOldStamps(TwoLevelAllocator):
-    def _next_mixed(self, g):
-        return next(iter(g.mixed))
+class SparesWhatIsBesideLivePages(TwoLevelAllocator):
+    def _grant_shared(self, index, g, count):
+        kept, g.mixed_mask = g.mixed_mask, 0 if self._spare(index) > 0 else g.mixed_mask
+        try:
+            return super()._grant_shared(index, g, count)
+        finally:
+            g.mixed_mask |= kept
 
 
 class SharesBeforeWholePages(TwoLevelAllocator):
@@ -484,15 +477,10 @@ class SwallowsBadRuns(TwoLevelAllocator):
         return super()._require_run(group, pages[:1])
 
 
-class ClockStands(TwoLevelAllocator):
-    def tick(self):
-        pass
-
-
 class EvictsBeforeItMust(TwoLevelAllocator):
     def _grant_shared(self, index, g, count):
-        if g.mixed:
-            return [self._reuse_cached(index, g, self._next_mixed(g))]
+        if g.mixed_mask:
+            return [self._reuse_cached(index, g, next(iter(g.mixed[g.mixed_mask.bit_length() - 1])))]
         return super()._grant_shared(index, g, count)
 
 
@@ -503,8 +491,8 @@ MUTANTS = [
     ForgetsToCountRevivedSlots,
     EmptiestFirst,
     NewestEvictableFirst,
-    MixesInOrderOfArrival,
-    TrustsOldStamps,
+    EmptiestMixedFirst,
+    SparesWhatIsBesideLivePages,
     SharesBeforeWholePages,
     IgnoresPins,
     IgnoresExpectations,
@@ -515,7 +503,6 @@ MUTANTS = [
     TakesRunsBackwards,
     CountsARunAsOne,
     SwallowsBadRuns,
-    ClockStands,
     EvictsBeforeItMust,
 ]
 
@@ -595,13 +582,13 @@ def test_step_2_the_fullest_partly_live_large_page(pool):
     assert [pool.allocate(0, 1)[0] // 4 for _ in range(3)] == [2, 1, 1]  # 3 live beside 2, then those
 
 
-def test_step_3_a_free_large_page_before_anything_cached(pool, evicted):
+def test_step_4_a_free_large_page_before_anything_cached(pool, evicted):
     cache(pool, 0, pool.allocate(0, 3))
     assert pool.allocate(0, 1) == [8]
     assert not evicted
 
 
-def test_step_4_a_free_slot_in_an_evictable_large_page_of_the_group(pool, evicted):
+def test_step_5_a_free_slot_in_an_evictable_large_page_of_the_group(pool, evicted):
     shared = pool.allocate(0, 3)
     cache(pool, 0, shared)  # evictable, one slot free
     pool.allocate(1, 8)
@@ -610,7 +597,7 @@ def test_step_4_a_free_slot_in_an_evictable_large_page_of_the_group(pool, evicte
     assert [pool.state(0, page) for page in shared] == [PageState.CACHED] * 3
 
 
-def test_step_5_balanced_eviction_takes_the_oldest_large_page_of_any_group(pool, evicted):
+def test_step_6_balanced_eviction_takes_the_oldest_large_page_of_any_group(pool, evicted):
     first, second = pool.allocate(0, 4), pool.allocate(1, 2)
     pool.allocate(1, 6)
     cache(pool, 1, second)
@@ -620,16 +607,27 @@ def test_step_5_balanced_eviction_takes_the_oldest_large_page_of_any_group(pool,
     assert pool.counters().evicted_large_pages == 1
 
 
-def test_step_5_an_old_page_beside_live_ones_goes_before_a_younger_large_page(pool, evicted):
-    old, young = pool.allocate(0, 4), pool.allocate(0, 4)
+def test_step_3_a_page_beside_live_ones_goes_before_a_whole_large_page(pool, evicted):
+    mixed, whole = pool.allocate(0, 4), pool.allocate(0, 4)
     pool.allocate(1, 6)
-    cache(pool, 0, old[:1])
-    cache(pool, 0, young)
-    assert pool.allocate(0, 1) == old[:1]
-    assert evicted == [(0, old[0])]
+    cache(pool, 0, whole)  # older, but every group can use its large page
+    cache(pool, 0, mixed[:1])
+    assert pool.allocate(0, 1) == mixed[:1]
+    assert evicted == [(0, mixed[0])]
 
 
-def test_step_5_in_its_own_large_page_a_group_gives_up_one_page_only(pool, evicted):
+def test_step_3_the_fullest_large_page_gives_up_cached_pages_first(pool, evicted):
+    first, second = pool.allocate(0, 4), pool.allocate(0, 4)
+    pool.allocate(1, 6)
+    cache(pool, 0, first[:3])
+    cache(pool, 0, second[:1])
+    assert pool.allocate(0, 2) == [second[0], first[0]]  # so that the emptier one can drain
+    pool.release(0, first[0], keep=False)
+    pool.release(0, first[3], keep=False)
+    assert pool.available == 1
+
+
+def test_step_6_in_its_own_large_page_a_group_gives_up_one_page_only(pool, evicted):
     pages = pool.allocate(0, 4)
     pool.allocate(1, 8)
     cache(pool, 0, reversed(pages))  # tail first
@@ -638,7 +636,7 @@ def test_step_5_in_its_own_large_page_a_group_gives_up_one_page_only(pool, evict
     assert pool.usage().groups[0].cached == 3
 
 
-def test_step_5_when_others_expect_the_large_pages_a_group_evicts_from_its_own_slots(pool, evicted):
+def test_step_3_when_others_expect_the_large_pages_a_group_evicts_from_its_own_slots(pool, evicted):
     mine = pool.allocate(0, 4)
     pool.allocate(1, 6)
     theirs = pool.allocate(1, 2)
@@ -652,24 +650,14 @@ def test_step_5_when_others_expect_the_large_pages_a_group_evicts_from_its_own_s
     assert len(pool.allocate(1, 2)) == 2
 
 
-def test_mixed_large_pages_are_evicted_in_order_of_their_oldest_page(evicted):
-    pool = TwoLevelAllocator(3, [4], on_evict=lambda g, page: evicted.append(page))
-    x, y = pool.allocate(0, 4), pool.allocate(0, 4)
-    cache(pool, 0, x[:1])
-    cache(pool, 0, y[:1])
-    cache(pool, 0, x[1:2])
-    pool.allocate(0, 3)
-    assert evicted == [x[0], y[0], x[1]]  # by age, not all of x first
-
-
 def test_what_a_hit_leaves_behind_keeps_its_age(evicted):
     pool = TwoLevelAllocator(3, [4], on_evict=lambda g, page: evicted.append(page))
     x, y = pool.allocate(0, 4), pool.allocate(0, 4)
     cache(pool, 0, x)
     cache(pool, 0, y[:1])
-    pool.revive(0, x[0])  # x is partly live again; its other pages are still older than y's
+    pool.revive(0, x[2])  # x is partly live again
     pool.allocate(0, 4)
-    assert evicted == [*x[1:], y[0]]
+    assert evicted == [y[0], x[0], x[1], x[3]]  # the fuller large page first, then x in its order
 
 
 @pytest.mark.parametrize(("group", "page"), [(-1, 8), (2, 8), (0, -1), (0, 24), (1, 12)])
