@@ -28,3 +28,8 @@ def register() -> None:
 
     adapter.install()
     _registered = True
+
+
+def registered() -> bool:
+    """Whether the memory manager is installed in this process."""
+    return _registered
