@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import tempfile
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq.asyncio
-from vllm.distributed.kv_events import KVEventBatch, ZmqEventPublisher
+from vllm.distributed.kv_events import BlockRemoved, KVEventBatch, ZmqEventPublisher
 
 from deployments.events import EventFeed, Source
 from jenga.policies import FullAttention
@@ -62,11 +63,29 @@ class Engine:
             lora_name=None,
             group_idx=0,
         )
-        self.publisher.publish(
-            KVEventBatch(ts=0.0, events=[StreamHeader(block_hashes=[], medium=None, stream=header), stored])
-        )
-        self.sequence += 1
+        self._publish(header, stored)
         self.blocks += keys
+
+    def remove(self, *keys: int) -> None:
+        """One batch: these blocks were evicted."""
+        self._publish({"epoch": self.epoch}, BlockRemoved(block_hashes=list(keys), medium="GPU", group_idx=0))
+        self.blocks = [key for key in self.blocks if key not in keys]
+
+    def _publish(self, header: dict[str, Any], event: Any) -> None:
+        first = StreamHeader(block_hashes=[], medium=None, stream=header)
+        self.publisher.publish(KVEventBatch(ts=0.0, events=[first, event]))
+        self.sequence += 1
+
+    def block(self) -> threading.Event:
+        """Hold the publisher's thread, which also answers replays, until the event is set."""
+        send, flows = self.publisher._pub.send_multipart, threading.Event()
+
+        def held(*args: Any, **kwargs: Any) -> Any:
+            flows.wait()
+            return send(*args, **kwargs)
+
+        self.publisher._pub.send_multipart = held
+        return flows
 
     @property
     def source(self) -> Source:
@@ -165,6 +184,36 @@ async def test_what_cannot_be_replayed_is_taken_from_a_snapshot(folder: Path) ->
     engine.store(10)
     await until(lambda: feed.index.trusted("r") and known(feed.index, list(range(11))) == 16 * 11)
     assert engine.snapshots_served > served
+    feed.close()
+    engine.stop()
+
+
+@in_loop
+async def test_a_stream_blocked_for_ten_seconds_promises_nothing_that_is_gone(folder: Path) -> None:
+    engine = Engine(folder, epoch=6)
+    feed = EventFeed(BlockIndex())
+    feed.follow({"r": engine.source})
+    await until(lambda: feed.index.trusted("r"))
+    engine.store(1, 2, 3)
+    await until(lambda: known(feed.index, [1, 2, 3]) == 48)
+    flows = engine.block()
+    for gone in (3, 2, 1):  # the replica's statistics still arrive, and tell that the stream has gone on
+        engine.remove(gone)
+        feed.follow({"r": engine.source})
+        await until(lambda: not feed.index.trusted("r"), seconds=2)
+        for _ in range(33):
+            # A snapshot, which needs no publisher, may bring back what is true; nothing else may.
+            assert known(feed.index, [1, 2, 3]) in (0, 16 * (gone - 1))
+            await asyncio.sleep(0.1)
+    engine.store(1)
+    engine.store(2, 7)
+    flows.set()
+    await asyncio.sleep(0.2)
+    feed.follow({"r": engine.source})
+    await until(lambda: feed.index.trusted("r") and known(feed.index, [1, 2, 7, 3]) == 48)
+    engine.store(3)
+    await until(lambda: known(feed.index, [1, 2, 7, 3]) == 64)
+    assert feed.index.stats().inconsistent == 0
     feed.close()
     engine.stop()
 
