@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import lcm
+from math import gcd, lcm
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -140,6 +140,32 @@ def bucket_layers(specs: Mapping[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
         spec = distinct.pop() if len(distinct) == 1 else UniformTypeKVCacheSpecs(size, kv_cache_specs=bucket)
         groups.append(KVCacheGroupSpec(list(bucket), spec))
     return groups
+
+
+def divisible(group: KVCacheGroupSpec) -> int:
+    """What the number of equal parts that a group can be cut into must divide: its layers, kind by kind."""
+    return gcd(*Counter(layer_spec(group, name) for name in group.layer_names).values())
+
+
+def cut(group: KVCacheGroupSpec, parts: int) -> list[KVCacheGroupSpec]:
+    """`group` as `parts` groups with equally many layers of every kind; `parts` divides `divisible`."""
+    if parts == 1:
+        return [group]
+    kinds: dict[KVCacheSpec, list[str]] = {}
+    for name in group.layer_names:
+        kinds.setdefault(layer_spec(group, name), []).append(name)
+    made = []
+    for part in range(parts):
+        specs = {
+            name: spec
+            for spec, names in kinds.items()
+            for name in names[part * len(names) // parts : (part + 1) * len(names) // parts]
+        }
+        common = group.kv_cache_spec
+        if isinstance(common, UniformTypeKVCacheSpecs):
+            common = UniformTypeKVCacheSpecs(common.block_size, kv_cache_specs=specs)
+        made.append(KVCacheGroupSpec(list(specs), common))
+    return made
 
 
 def layer_spec(group: KVCacheGroupSpec, name: str) -> KVCacheSpec:

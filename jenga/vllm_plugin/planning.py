@@ -19,10 +19,11 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, KVCacheTensor, iter_layer_specs
 
-from jenga.layout import LayoutError, choose_layout
+from jenga.grouping import choose_grouping
+from jenga.layout import LayoutError
 from jenga.vllm_plugin import checkpoints, hybrid_blocks, report, states
 from jenga.vllm_plugin.config import JengaGroupSpec, JengaKVCacheConfig
-from jenga.vllm_plugin.groups import bucket_layers, config_obstacle, describe, layer_spec, spec_obstacle
+from jenga.vllm_plugin.groups import bucket_layers, config_obstacle, cut, describe, divisible, layer_spec, spec_obstacle
 
 logger = init_logger("vllm.jenga")
 
@@ -78,18 +79,19 @@ class Planner:
             )
             return self._vllm.get_kv_cache_groups(vllm_config, kv_cache_spec)
         try:
-            layout = choose_layout(describe(groups), self._memory)
+            grouping = choose_grouping(describe(groups), self._memory, [divisible(g) for g in groups])
         except LayoutError as error:
             raise ValueError(f"{error}: raise kv_cache_memory_bytes (or gpu_memory_utilization)") from None
+        cuts = [part for group, parts in zip(groups, grouping.parts, strict=True) for part in cut(group, parts)]
         return [
             JengaGroupSpec(
                 group.layer_names,
                 group.kv_cache_spec,
                 role=states.role_of(group.kv_cache_spec),
-                layout=layout,
+                layout=grouping.layout,
                 index=index,
             )
-            for index, group in enumerate(groups)
+            for index, group in enumerate(cuts)
         ]
 
     def pool_bytes_per_block(self, vllm_config: VllmConfig, kv_cache_groups: list[KVCacheGroupSpec]) -> int:

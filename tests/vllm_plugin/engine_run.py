@@ -26,15 +26,15 @@ def overlap_groups() -> None:
     """Negative control: let the last group's pages lie half a page apart, over each other and over other groups'."""
     from dataclasses import replace
 
-    from jenga import layout
+    from jenga import grouping
     from jenga.vllm_plugin import planning
 
-    def choose(groups: Any, memory: int) -> layout.Layout:
-        good = layout.choose_layout(groups, memory)
-        *kept, last = good.groups
-        return replace(good, groups=(*kept, replace(last, stride=last.stride // 2)))
+    def choose(*asked: Any) -> grouping.Grouping:
+        good = grouping.choose_grouping(*asked)
+        *kept, last = good.layout.groups
+        return replace(good, layout=replace(good.layout, groups=(*kept, replace(last, stride=last.stride // 2))))
 
-    setattr(planning, "choose_layout", choose)  # noqa: B010
+    setattr(planning, "choose_grouping", choose)  # noqa: B010
 
 
 def main() -> None:
