@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from ray.serve._private.common import ReplicaID
@@ -14,14 +15,40 @@ from deployments import keys
 from deployments.events import EventFeed, Source
 from deployments.placement import KV_IN_USE
 from deployments.router_metrics import RouterMetrics
+from jenga.checkpoints import SharedPrefixes
 from jenga.hits import Hit
-from jenga.routing import BlockIndex
+from jenga.routing import BlockIndex, HitRule
+from jenga.routing.expected import stored_by
+from jenga.routing.index import NO_HIT
 from jenga.routing.placement import Ledger, Prices, State, costs, rank
 
 logger = logging.getLogger("ray.serve")
 
 KV_STREAM = "kv_stream"
 """Key of a replica's routing statistics: where its KV events are (`deployments.events.Source`)."""
+
+
+# A placed request that Ray has not sent by then was given up by its client.
+_GIVEN_UP_S = 10.0
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What is known of a prompt when it is placed."""
+
+    tokens: list[int]
+    keys: list[int]
+    rule: HitRule
+    hits: dict[str, Hit]
+
+
+@dataclass(frozen=True)
+class _Booked:
+    """A request that was placed and that Ray has not sent yet."""
+
+    time: float
+    replica: ReplicaID
+    prompt: _Prompt
 
 
 class CacheAwareRouter(RequestRouter):
@@ -38,14 +65,17 @@ class CacheAwareRouter(RequestRouter):
         self._hash = keys.hash_function(hash_algorithm)
         self._feed = EventFeed(BlockIndex())
         self._ledger: Ledger[ReplicaID] = Ledger()
-        self._sent: dict[str, dict[ReplicaID, int]] = {}
+        self._booked: dict[str, _Booked] = {}
+        self._shared: dict[ReplicaID, SharedPrefixes] = {}
         self._rng = random.Random()
         self._metrics = RouterMetrics()
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Replicas came, went, or told something new."""
         super().update_replicas(replicas)
-        self._ledger.keep({replica.replica_id: None for replica in replicas})
+        alive = {replica.replica_id: None for replica in replicas}
+        self._ledger.keep(alive)
+        self._shared = {id_: shared for id_, shared in self._shared.items() if id_ in alive}
         sources = {}
         for replica in replicas:
             source = Source.from_dict((replica.routing_stats or {}).get(KV_STREAM))
@@ -67,43 +97,65 @@ class CacheAwareRouter(RequestRouter):
         states = {id_: self._state(id_, replica) for id_, replica in by_id.items()}
         body = pending_request.args[0] if pending_request is not None and pending_request.args else None
         tokens = keys.token_ids(body)
-        hits = self._hits(tokens, getattr(body, "cache_salt", None)) if tokens else None
-        if hits is None or tokens is None:
+        prompt = self._look_up(tokens, getattr(body, "cache_salt", None)) if tokens else None
+        if prompt is None or tokens is None:
             self._metrics.fallback("no tokens" if not tokens else "no index")
             two = self._rng.sample(list(by_id), min(2, len(by_id)))
             two.sort(key=lambda id_: states[id_].queue)
             return [[by_id[id_] for id_ in two], candidate_replicas]
-        cached = {id_: hits[id_.unique_id].tokens for id_ in by_id if id_.unique_id in hits}
+        cached = {id_: prompt.hits[id_.unique_id].tokens for id_ in by_id if id_.unique_id in prompt.hits}
         order = rank(costs(len(tokens), cached, states, self._ledger, self._prices), states, self._prices, self._rng)
         if pending_request is not None:
             keys.predict(body, {id_.unique_id: tokens_ for id_, tokens_ in cached.items()})
-            self._sent[pending_request.metadata.internal_request_id] = {
-                id_: len(tokens) - cached.get(id_, 0) for id_ in by_id
-            }
+            self._book(pending_request.metadata.internal_request_id, order[0], prompt)
         self._metrics.decided(time.perf_counter() - started, self._feed)
         # One by one: Ray takes the next where the best has no room, and all at last.
         return [*([by_id[id_]] for id_ in order[:3]), candidate_replicas]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """The request is on its way: its prompt is work that the replica has to do."""
+        """The request is on its way, seldom to another replica than the best."""
         request = pending_request.metadata.internal_request_id
-        missing = self._sent.pop(request, {}).get(replica_id)
-        if missing is not None:
-            self._ledger.add(replica_id, request, missing)
+        booked = self._booked.pop(request, None)
+        if booked is not None and booked.replica != replica_id:
+            self._settle(booked.replica, request)
+            self._book(request, replica_id, booked.prompt)
+            del self._booked[request]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """The request is done, one way or another."""
-        self._ledger.settle(replica_id, internal_request_id)
-        self._sent.pop(internal_request_id, None)
+        self._settle(replica_id, internal_request_id)
+        self._booked.pop(internal_request_id, None)
+
+    def _book(self, request: str, replica: ReplicaID, prompt: _Prompt) -> None:
+        """From now on the prompt is work that the replica has to do, and what it leaves can be hit there.
+
+        At once, since those that come in the same moment are placed before Ray has sent this one.
+        """
+        now = time.monotonic()
+        while self._booked and now - (first := next(iter(self._booked.items())))[1].time > _GIVEN_UP_S:
+            self._settle(first[1].replica, first[0])
+            del self._booked[first[0]]
+        hit = prompt.hits.get(replica.unique_id, NO_HIT)
+        self._booked[request] = _Booked(now, replica, prompt)
+        self._ledger.add(replica, request, len(prompt.tokens) - hit.tokens)
+        index = self._feed.index
+        index.settle(request)
+        shared = self._shared.setdefault(replica, SharedPrefixes())
+        index.expect(replica.unique_id, request, stored_by(prompt.rule, prompt.tokens, prompt.keys, hit, shared))
+
+    def _settle(self, replica: ReplicaID, request: str) -> None:
+        self._ledger.settle(replica, request)
+        self._feed.index.settle(request)
 
     def _state(self, replica_id: ReplicaID, replica: RunningReplica) -> State:
         used = (replica.routing_stats or {}).get(KV_IN_USE)
         return State(self.replica_queue_len_cache.get(replica_id) or 0, used if isinstance(used, float) else 0.0)
 
-    def _hits(self, tokens: list[int], salt: str | None) -> dict[str, Hit] | None:
-        """Hits by replica, None if no replica's cache is known."""
+    def _look_up(self, tokens: list[int], salt: str | None) -> _Prompt | None:
+        """The prompt's blocks and its hits by replica, None if no replica's cache is known."""
         index = self._feed.index
         rule = next((r for r in map(index.rule, index.replicas()) if r is not None), None)
         if rule is None:
             return None
-        return index.hits(keys.block_keys(tokens, rule, self._hash, salt), len(tokens))
+        blocks = keys.block_keys(tokens, rule, self._hash, salt)
+        return _Prompt(tokens, blocks, rule, index.hits(blocks, len(tokens)))

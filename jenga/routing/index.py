@@ -16,6 +16,7 @@ from operator import itemgetter
 from jenga.hits import Hit
 from jenga.policies.pages import PageBits
 from jenga.routing.events import ON_DEVICE, BlockRemoved, BlockStored, Event, Snapshot, keys_of
+from jenga.routing.expected import Expected
 from jenga.routing.rule import HitRule
 from jenga.routing.sequence import Sequencer
 
@@ -133,6 +134,7 @@ class BlockIndex:
         self._sweep: Iterator[int] | None = None
         self._sweeping = 0  # lanes that the sweep under way clears
         self._view: _View | None = None  # None: replicas, rules or lanes have changed
+        self._expected = Expected()
         self._batches = self._block_events = self._repeated = self._gaps = 0
         self._restarts = self._snapshots = self._inconsistent = 0
 
@@ -238,6 +240,23 @@ class BlockIndex:
                     del blocks[key]
         return True
 
+    # -- requests on their way ------------------------------------------------------------------------------
+
+    def expect(self, replica: str, request: str, pages: Sequence[Sequence[int]]) -> None:
+        """`request` was sent to a replica and will store these blocks, by group (`jenga.routing.expected.stored_by`).
+
+        Until `settle`, those not stored yet count as if they were.  An unknown replica is no error.
+        """
+        stream = self._replicas.get(replica)
+        if stream is not None and stream.trusted:
+            for group, keys in enumerate(pages):
+                lane = self._lane(stream, group)
+                self._expected.add(request, lane, [key for key in keys if not self._blocks.get(key, 0) & lane])
+
+    def settle(self, request: str) -> None:
+        """`request` is done: nothing more comes of it."""
+        self._expected.settle(request)
+
     # -- questions ------------------------------------------------------------------------------------------
 
     def hits(self, keys: Sequence[int], prompt_tokens: int) -> dict[str, Hit]:
@@ -248,12 +267,16 @@ class BlockIndex:
         """
         view = self._view or self._look()
         columns = view.empty.copy()  # lane: the pages it has, as bits
-        get = self._blocks.get
+        get, coming = self._blocks.get, self._expected.blocks
         for scale, lanes in view.scales:
             before = holders = 0
             pages = len(keys) // scale
             everything = (1 << pages) - 1
-            for page, now in enumerate([get(key, 0) for key in (keys if scale == 1 else keys[scale - 1 :: scale])]):
+            names = keys if scale == 1 else keys[scale - 1 :: scale]
+            held = [get(key, 0) for key in names]
+            if coming:
+                held = [now | coming.get(key, 0) for now, key in zip(held, names, strict=True)]
+            for page, now in enumerate(held):
                 if now == holders:
                     continue
                 holders = now
@@ -386,6 +409,8 @@ class BlockIndex:
     def _store(self, keys: list[int], lane: int, copies: dict[int, int], pages: int) -> None:
         blocks = self._blocks
         get = blocks.get
+        if self._expected.blocks:
+            self._expected.arrived(lane, keys)
         for key in keys:
             holders = get(key)
             if holders is None:
@@ -434,8 +459,9 @@ class BlockIndex:
 
     def _retire(self, stream: _Replica) -> None:
         """Forget what a replica has, in constant time: its lanes are swept from the blocks later, then used again."""
-        for lane in stream.lanes.values():
-            self._retired |= lane
+        gone = sum(stream.lanes.values())
+        self._retired |= gone
+        self._expected.forget(gone)
         stream.clear()
         self._view = None
 

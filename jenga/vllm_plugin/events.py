@@ -174,9 +174,11 @@ def hit_rule(scheduler: Any) -> HitRule | None:
     """How this engine's prefix cache is hit, None where vLLM's own rule for several groups is in charge."""
     manager = scheduler.kv_cache_manager
     coordinator, config = manager.coordinator, manager.kv_cache_config
+    turn_marks: tuple[int, ...] = ()
     if isinstance(config, JengaKVCacheConfig):
         named = [(place.group.name, place.group.policy) for place in config.layout.groups]
         alignment = coordinator.scheduler_block_size
+        turn_marks = tuple(sorted(coordinator.checkpoints.options.markers))
     elif type(coordinator) is UnitaryKVCacheCoordinator and not manager.use_eagle:
         spec = config.kv_cache_groups[0].kv_cache_spec
         spec = next(iter(iter_layer_specs(spec)))
@@ -194,6 +196,7 @@ def hit_rule(scheduler: Any) -> HitRule | None:
         alignment=alignment,
         hash_tokens=manager.block_pool.hash_block_size,
         root=kv_cache_utils.NONE_HASH.hex() if manager.enable_caching else "",
+        turn_marks=turn_marks,
     )
 
 
