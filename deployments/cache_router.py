@@ -97,9 +97,15 @@ class CacheAwareRouter(RequestRouter):
         states = {id_: self._state(id_, replica) for id_, replica in by_id.items()}
         body = pending_request.args[0] if pending_request is not None and pending_request.args else None
         tokens = keys.token_ids(body)
-        prompt = self._look_up(tokens, getattr(body, "cache_salt", None)) if tokens else None
+        reason, prompt = "no tokens" if not tokens else "no index", None
+        try:
+            prompt = self._look_up(tokens, getattr(body, "cache_salt", None)) if tokens else None
+        except Exception:
+            # Raised out of here, it would leave the request waiting for ever.
+            logger.exception("the index failed: this request goes by load alone")
+            reason = "index failed"
         if prompt is None or tokens is None:
-            self._metrics.fallback("no tokens" if not tokens else "no index")
+            self._metrics.fallback(reason)
             two = self._rng.sample(list(by_id), min(2, len(by_id)))
             two.sort(key=lambda id_: states[id_].queue)
             return [[by_id[id_] for id_ in two], candidate_replicas]
