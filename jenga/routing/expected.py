@@ -32,51 +32,59 @@ def stored_by(
         size, policy = group.page_tokens, group.policy
         # A state is kept only where computing pauses; pages of tokens are there in any case while the request runs.
         lengths = (*kept.lengths, len(tokens)) if policy.token_pages else kept.pauses
-        pages = {page for length in lengths for page in policy.pages_of_hit(length // size, size)}
         scale = size // rule.hash_tokens
-        found.append([keys[(page + 1) * scale - 1] for page in sorted(pages)])
+        mine: list[int] = []
+        # From the longest length down, each page once; what lies before the hit is stored already.
+        after, before = hit.tokens // size, len(keys) // scale
+        for length in sorted(lengths, reverse=True):
+            needed = policy.pages_of_hit(length // size, size)
+            mine += (keys[(page + 1) * scale - 1] for page in range(max(after, needed.start), min(before, needed.stop)))
+            before = min(before, needed.start)
+        found.append(mine)
     return found
 
 
 class Expected:
-    """Pages that are not stored yet, by the requests that will store them.  A lane is a bit of the index."""
+    """Pages that are not stored yet, by the requests that will store them.  A lane is a bit of the index.
+
+    Of several requests the last one counts: it comes behind the others, who will have stored the page by its end.
+    """
 
     def __init__(self) -> None:
         self.blocks: dict[int, int] = {}
         """Lanes by block, as in the index."""
-        self._by_request: dict[str, list[tuple[int, int]]] = {}
-        self._requests: dict[tuple[int, int], set[str]] = {}
+        self._last: dict[int, dict[int, str]] = {}  # lane: block: request
+        self._by_request: dict[str, list[tuple[int, list[int]]]] = {}
 
-    def add(self, request: str, lane: int, keys: Iterable[int]) -> None:
+    def add(self, request: str, lane: int, keys: list[int]) -> None:
         """`request` will store these blocks."""
-        mine = self._by_request.setdefault(request, [])
+        get = self.blocks.get
         for key in keys:
-            self.blocks[key] = self.blocks.get(key, 0) | lane
-            self._requests.setdefault((key, lane), set()).add(request)
-            mine.append((key, lane))
+            self.blocks[key] = get(key, 0) | lane
+        self._last.setdefault(lane, {}).update(dict.fromkeys(keys, request))
+        self._by_request.setdefault(request, []).append((lane, keys))
 
     def arrived(self, lane: int, keys: Iterable[int]) -> None:
         """These blocks are stored: what becomes of them is told by events."""
-        for key in keys:
-            if self.blocks.get(key, 0) & lane:
-                del self._requests[key, lane]
-                self._clear(key, lane)
+        if last := self._last.get(lane):
+            for key in keys:
+                if last.pop(key, None) is not None:
+                    self._clear(key, lane)
 
     def settle(self, request: str) -> None:
         """`request` is done; what it has not stored by now does not come.  An unknown one is no error."""
-        for key, lane in self._by_request.pop(request, ()):
-            requests = self._requests.get((key, lane))
-            if requests is not None and request in requests:
-                requests.discard(request)
-                if not requests:
-                    del self._requests[key, lane]
+        for lane, keys in self._by_request.pop(request, ()):
+            last = self._last.get(lane, {})
+            for key in keys:
+                if last.get(key) == request:
+                    del last[key]
                     self._clear(key, lane)
 
-    def forget(self, lanes: int) -> None:
+    def forget(self, lanes: Iterable[int]) -> None:
         """Nothing is expected of these lanes any more."""
-        for key, lane in [page for page in self._requests if page[1] & lanes]:
-            del self._requests[key, lane]
-            self._clear(key, lane)
+        for lane in lanes:
+            for key in self._last.pop(lane, {}):
+                self._clear(key, lane)
 
     def _clear(self, key: int, lane: int) -> None:
         if left := self.blocks[key] & ~lane:

@@ -459,9 +459,9 @@ class BlockIndex:
 
     def _retire(self, stream: _Replica) -> None:
         """Forget what a replica has, in constant time: its lanes are swept from the blocks later, then used again."""
-        gone = sum(stream.lanes.values())
-        self._retired |= gone
-        self._expected.forget(gone)
+        for lane in stream.lanes.values():
+            self._retired |= lane
+        self._expected.forget(stream.lanes.values())
         stream.clear()
         self._view = None
 

@@ -37,7 +37,7 @@ class HitRule:
     root: str
     """Hash that every chain of block hashes starts from, in hexadecimal: engines whose roots differ (another hash
     algorithm or seed) name equal blocks differently."""
-    turn_marks: tuple[int, ...] = ()
+    turn_marks: frozenset[int] = frozenset()
     """Special tokens, at whose runs turns start and the engine keeps what a hit needs (`jenga.checkpoints`)."""
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class HitRule:
             "alignment": self.alignment,
             "hash_tokens": self.hash_tokens,
             "root": self.root,
-            "turn_marks": list(self.turn_marks),
+            "turn_marks": sorted(self.turn_marks),
         }
 
     @classmethod
@@ -101,7 +101,7 @@ class HitRule:
                 GroupRule(group["name"], policy_class(group["kind"])(**group["parameters"]), int(group["page_tokens"]))
                 for group in data["groups"]
             )
-            marks = tuple(int(token) for token in data.get("turn_marks", ()))
+            marks = frozenset(int(token) for token in data.get("turn_marks", ()))
             return cls(groups, int(data["alignment"]), int(data["hash_tokens"]), str(data["root"]), marks)
         except (KeyError, TypeError) as error:
             raise ValueError(f"no hit rule: {type(error).__name__}: {error}") from error

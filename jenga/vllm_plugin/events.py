@@ -174,11 +174,11 @@ def hit_rule(scheduler: Any) -> HitRule | None:
     """How this engine's prefix cache is hit, None where vLLM's own rule for several groups is in charge."""
     manager = scheduler.kv_cache_manager
     coordinator, config = manager.coordinator, manager.kv_cache_config
-    turn_marks: tuple[int, ...] = ()
+    turn_marks: frozenset[int] = frozenset()
     if isinstance(config, JengaKVCacheConfig):
         named = [(place.group.name, place.group.policy) for place in config.layout.groups]
         alignment = coordinator.scheduler_block_size
-        turn_marks = tuple(sorted(coordinator.checkpoints.options.markers))
+        turn_marks = coordinator.checkpoints.options.markers
     elif type(coordinator) is UnitaryKVCacheCoordinator and not manager.use_eagle:
         spec = config.kv_cache_groups[0].kv_cache_spec
         spec = next(iter(iter_layer_specs(spec)))

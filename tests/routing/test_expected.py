@@ -21,7 +21,7 @@ RULE = HitRule(
     16,
     16,
     "ab",
-    (MARK,),
+    frozenset({MARK}),
 )
 SYSTEM = 320
 """Tokens of the turn that prompts share."""
