@@ -117,6 +117,8 @@ def router_kwargs(config: Serving) -> dict[str, Any]:
         return {
             "hash_algorithm": config.engine.extra.get("prefix_caching_hash_algo", "sha256"),
             "request": router.request_price,
+            "compute": router.compute_price,
+            "store": router.store_price,
             "pressure": router.pressure_price,
             "slack": router.slack,
         }

@@ -109,10 +109,10 @@ class CacheAwareRouter(RequestRouter):
             two = self._rng.sample(list(by_id), min(2, len(by_id)))
             two.sort(key=lambda id_: states[id_].queue)
             return [[by_id[id_] for id_ in two], candidate_replicas]
-        cached = {id_: prompt.hits[id_.unique_id].tokens for id_ in by_id if id_.unique_id in prompt.hits}
+        cached = {id_: prompt.hits[id_.unique_id] for id_ in by_id if id_.unique_id in prompt.hits}
         order = rank(costs(len(tokens), cached, states, self._ledger, self._prices), states, self._prices, self._rng)
         if pending_request is not None:
-            keys.predict(body, {id_.unique_id: tokens_ for id_, tokens_ in cached.items()})
+            keys.predict(body, {id_.unique_id: hit.tokens for id_, hit in cached.items()})
             self._book(pending_request.metadata.internal_request_id, order[0], prompt)
         self._metrics.decided(time.perf_counter() - started, self._feed)
         # One by one: Ray takes the next where the best has no room, and all at last.

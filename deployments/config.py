@@ -163,6 +163,8 @@ class Router(Section):
 
     policy: Literal["cache-aware", "prefix-affinity", "least-loaded"] = "cache-aware"
     request_price: float = Field(32, ge=0, description="prompt tokens that a request in progress costs another one")
+    compute_price: float = Field(6, ge=0, description="price of a prompt token to compute; 1 is one to wait for")
+    store_price: float = Field(6, ge=0, description="price of a prompt token that is not stored there in part yet")
     pressure_price: float = Field(1, ge=0, description="share by which full KV memory makes a request dearer")
     slack: float = Field(16, ge=0, description="prompt tokens within which replicas are equally good")
     chunk: PositiveInt = Field(64, description="characters (or token ids) hashed together")

@@ -7,7 +7,7 @@ before it*, so equal ids mean equal prefixes (the format of Mooncake's traces, F
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -183,6 +183,38 @@ def arrivals(trace: Iterable[TraceRequest], rate: float | None, seed: int = 0) -
         if rate is not None:
             now += rng.expovariate(rate)
         yield replace(request, arrival_s=now)
+
+
+def scaled(trace: Sequence[TraceRequest], rate: float) -> list[TraceRequest]:
+    """The trace with its own times, stretched so that `rate` requests arrive per second on average.
+
+    Raises:
+        TraceError: the rate is not positive, or all requests arrive at once.
+    """
+    if rate <= 0:
+        raise TraceError(f"a rate of {rate} requests per second is not positive")
+    first, last = min(r.arrival_s for r in trace), max(r.arrival_s for r in trace)
+    if first == last:
+        raise TraceError("all requests of the trace arrive at once, so their times cannot be scaled to a rate")
+    stretch = len(trace) / rate / (last - first)
+    return [replace(r, arrival_s=(r.arrival_s - first) * stretch) for r in trace]
+
+
+def whole_blocks(trace: Iterable[TraceRequest]) -> list[TraceRequest]:
+    """The trace with every prompt cut to the whole blocks that it is known by, and one token of its own.
+
+    What two prompts share is known only in whole blocks, so the last, partial one always looks like nobody else's, and
+    a conversation never seems to go on where its last prompt ended: what is kept there would be kept in vain.
+    """
+    cut = []
+    for request in trace:
+        whole = request.prompt_tokens // request.block_tokens
+        tokens = whole * request.block_tokens
+        if whole:
+            blocks = request.blocks[:whole]
+            request = replace(request, prompt_tokens=tokens + 1, known_tokens=tokens, blocks=blocks)
+        cut.append(request)
+    return cut
 
 
 class _Ids:

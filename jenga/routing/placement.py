@@ -2,7 +2,8 @@
 
 Pure Python without Ray.  All costs are in tokens of prompt to compute, the one unit that engines of every speed share:
 
-- what is not cached there and must be computed;
+- what is not cached there and must be computed, several times over: it keeps waiting all who come later, not one;
+- what is not stored there at all: it takes the place of something that others could find;
 - what this router has sent there before and is not finished (`Ledger`): it is computed first;
 - a fixed price for each request in progress, whose decoding shares the steps;
 - a share of its own work where live requests hold nearly all KV memory, and it would wait or push others out.
@@ -18,7 +19,14 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from jenga.hits import Hit
+
 Replica = TypeVar("Replica", bound=Hashable)
+
+NOTHING = Hit(0, 0, None)
+
+MEMORY = 1_000_000
+"""Tokens per replica after which what was stored before counts half."""
 
 CROWDED = 0.8
 """Part of the KV memory from which on a new request is likely to wait, or to push others out."""
@@ -29,12 +37,19 @@ class Prices:
     """Constants of the placement, in tokens of prompt.
 
     request: what one request in progress costs another one (the share of its decoding in the steps of a prefill).
+    compute: what each token to compute costs, beside 1 for each token that is computed before it.
     pressure: what each token to compute costs more where no KV memory is left (nothing up to `CROWDED`).
+    store: what each token costs that some layers there have not stored yet, where as much was stored lately as on
+        other replicas; more where more was, since the cache there forgets sooner.  A replica may have stored more than
+        it can resume (`jenga.hits.Hit.furthest`: the attention pages are there, the state is not).  Computed there,
+        those tokens take no new memory and leave the missing state, so the next request with that prefix finds both.
     slack: replicas this close to the cheapest are as good: among them the least loaded is taken.
     """
 
     request: float = 32.0
+    compute: float = 6.0
     pressure: float = 1.0
+    store: float = 6.0
     slack: float = 16.0
 
 
@@ -54,12 +69,16 @@ class Ledger(Generic[Replica]):
     def __init__(self) -> None:
         self._owed: dict[Replica, dict[str, int]] = {}
         self._total: dict[Replica, int] = {}
+        self._stored: dict[Replica, float] = {}
 
     def add(self, replica: Replica, request: str, tokens: int) -> None:
         """`request` was sent to `replica`, which must compute `tokens` of its prompt."""
         self.settle(replica, request)
         self._owed.setdefault(replica, {})[request] = tokens
         self._total[replica] = self._total.get(replica, 0) + tokens
+        self._stored[replica] = self._stored.get(replica, 0.0) + tokens
+        if sum(self._stored.values()) > MEMORY * len(self._stored):
+            self._stored = {each: tokens / 2 for each, tokens in self._stored.items()}
 
     def settle(self, replica: Replica, request: str) -> None:
         """`request` is done, or computes no prompt any more.  Unknown ones are no error."""
@@ -69,22 +88,34 @@ class Ledger(Generic[Replica]):
         """Tokens of prompt not known to be computed."""
         return self._total.get(replica, 0)
 
+    def stored(self, replica: Replica) -> float:
+        """Tokens of prompt that `replica` has had to store lately: the more, the sooner it evicts what it has."""
+        return self._stored.get(replica, 0.0)
+
     def keep(self, replicas: Mapping[Replica, object]) -> None:
         """Forget every other replica."""
         for gone in self._total.keys() - replicas.keys():
             self._owed.pop(gone, None)
+            self._stored.pop(gone, None)
             del self._total[gone]
 
 
 def costs(
-    prompt: int, hits: Mapping[Replica, int], states: Mapping[Replica, State], ledger: Ledger[Replica], prices: Prices
+    prompt: int, hits: Mapping[Replica, Hit], states: Mapping[Replica, State], ledger: Ledger[Replica], prices: Prices
 ) -> dict[Replica, float]:
     """Cost of a prompt of `prompt` tokens on each replica of `states`; one without a hit has nothing cached."""
     found = {}
+    stored = {replica: ledger.stored(replica) for replica in states}
+    mean = sum(stored.values()) / max(1, len(stored))
     for replica, state in states.items():
-        new = prompt - hits.get(replica, 0)
+        hit = hits.get(replica, NOTHING)
         crowded = max(0.0, state.used - CROWDED) / (1 - CROWDED)
-        found[replica] = new * (1 + prices.pressure * crowded) + ledger.owed(replica) + prices.request * state.queue
+        found[replica] = (
+            (prompt - hit.tokens) * (prices.compute + prices.pressure * crowded)
+            + (prompt - hit.furthest) * prices.store * (stored[replica] / mean if mean else 1.0)
+            + ledger.owed(replica)
+            + prices.request * state.queue
+        )
     return found
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from jenga.simulate import HitBound, SimulationResult, StepCost
+    from jenga.simulate import ClusterResult, HitBound, SimulationResult, StepCost
     from jenga.traces import TraceRequest
 
 
@@ -32,12 +32,13 @@ def simulate(
         str, typer.Option(help="Strategies to compare, separated by commas, or all.", metavar="A,B,...|all")
     ] = "all",
     rate: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Requests per second (Poisson), 'trace' for the file's own times, or 'max': all wait from the start.",
+            help="Requests per second (Poisson; with --replicas a file's own times, scaled), 'trace' for the file's "
+            "own times, or 'max': all wait from the start [max; with --replicas: trace].",
             metavar="N|trace|max",
         ),
-    ] = "max",
+    ] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="Requests to serve [all of a file, else 1000].")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel degree [the model's own].")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Data type of keys and values, such as fp8.")] = None,
@@ -46,7 +47,16 @@ def simulate(
     step_cost: Annotated[
         Path | None, typer.Option(help="JSON file with constants of the step-cost model.", metavar="FILE")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of synthetic traces and arrivals.")] = 0,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Simulate a cluster of so many engines behind a router.")
+    ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(
+            help="Routers to compare: jenga, kv_full_only, prefix_text, p2c, round_robin.", metavar="A,B,...|all"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of synthetic traces, arrivals and routers.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all results here.", metavar="FILE")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write pictures into this folder.", metavar="DIR")] = None,
 ) -> None:
@@ -54,29 +64,40 @@ def simulate(
 
     The allocator, the layer types' rules and the prefix cache are the real ones; only the time of a step is modelled.
     The last row, exact, is the bound: memory counted in bytes.
+
+    With --replicas and --router: a cluster of such engines, one --strategy, and a row for each router.
     """
     from jenga.models import ModelError
     from jenga.strategies import PlanError
     from jenga.traces import TraceError
 
     try:
-        results, bound, prompt_tokens = _run(
-            model, memory, trace, strategy, rate, requests, tp, kv_dtype, max_sequences, batched_tokens, step_cost, seed
-        )
+        done = _run(
+            model, memory, trace, strategy, rate, requests, tp, kv_dtype, max_sequences, batched_tokens, step_cost,
+            seed, replicas, router,
+        )  # fmt: skip
     except (ModelError, PlanError, TraceError, typer.BadParameter) as error:
         _fail(str(error))
-    _tables(results, bound, prompt_tokens)
-    if json_file is not None:
+    if isinstance(done, list):
+        from jenga.simulate.cluster_cli import print_routers
+
+        print_routers(done)
+        data: dict[str, object] = {"results": [r.to_dict() for r in done]}
+    else:
+        results, bound, prompt_tokens = done
+        _tables(results, bound, prompt_tokens)
         data = {"bound": asdict(bound), "results": [r.to_dict() for r in results]}
+    if json_file is not None:
         try:
             json_file.write_text(json.dumps(data, indent=1))
         except OSError as error:
             _fail(f"--json {json_file}: {error.strerror}; give a file in a folder that exists")
     if plot is not None:
         from jenga.simulate.plots import plot as draw
+        from jenga.simulate.plots import plot_routers
 
         try:
-            paths = draw(results, plot)
+            paths = plot_routers(done, plot) if isinstance(done, list) else draw(results, plot)
         except ModuleNotFoundError:
             _fail("--plot needs matplotlib: install jenga-serve[plot], or leave --plot out")
         except OSError as error:
@@ -90,7 +111,7 @@ def _run(
     memory: str,
     trace: str,
     strategy: str,
-    rate: str,
+    rate: str | None,
     requests: int | None,
     tp: int | None,
     kv_dtype: str | None,
@@ -98,11 +119,14 @@ def _run(
     batched_tokens: int,
     step_cost: Path | None,
     seed: int,
-) -> tuple[list[SimulationResult], HitBound, int]:
+    replicas: int | None,
+    router: str | None,
+) -> tuple[list[SimulationResult], HitBound, int] | list[ClusterResult]:
     from rich.progress import Progress
 
     from jenga.models import DTYPE_BYTES, load_model
     from jenga.simulate import Limits, dense_bytes_per_token, exact_plan, hit_bound, plan_for, simulate
+    from jenga.simulate.cluster_cli import router_names, run_routers
     from jenga.strategies import STRATEGIES
     from jenga.units import parse_size
 
@@ -112,16 +136,19 @@ def _run(
         raise typer.BadParameter(str(error)) from None
     if kv_dtype is not None and kv_dtype not in DTYPE_BYTES:
         raise typer.BadParameter(f"--kv-dtype {kv_dtype!r} is not known; choose one of {', '.join(DTYPE_BYTES)}")
+    routers = router_names(replicas, router)
     spec = load_model(model)
     types = spec.layer_types(tp, kv_dtype)  # type: ignore[arg-type]
     cost = _step_cost(step_cost)
-    served = _trace(trace, rate, requests, seed, spec.image_tokens)
+    served = _trace(trace, rate, requests, seed, spec.image_tokens, cluster=bool(routers))
     names = list(STRATEGIES) if strategy == "all" else [name.strip() for name in strategy.split(",") if name.strip()]
     if not names:
         raise typer.BadParameter(f"--strategy {strategy!r} names none; known: {', '.join(STRATEGIES)}, all")
+    limits = Limits(batched_tokens=batched_tokens, sequences=max_sequences)
+    if replicas is not None:
+        return run_routers(routers, replicas, names, spec.name, types, memory_bytes, served, cost, limits, seed)
     plans = [plan_for(name, spec.name, types, memory_bytes, served) for name in names]
     plans.append(exact_plan(spec.name, types, memory_bytes))
-    limits = Limits(batched_tokens=batched_tokens, sequences=max_sequences)
     results = []
     with Progress(console=Console(stderr=True), transient=True) as bar:
         for plan in plans:
@@ -136,8 +163,10 @@ def _run(
     return results, bound, sum(r.prompt_tokens for r in served)
 
 
-def _trace(trace: str, rate: str, requests: int | None, seed: int, image_tokens: int) -> list[TraceRequest]:
-    from jenga.traces import SYNTHETIC, TraceError, arrivals, chat, read_mooncake
+def _trace(
+    trace: str, rate: str | None, requests: int | None, seed: int, image_tokens: int, cluster: bool
+) -> list[TraceRequest]:
+    from jenga.traces import SYNTHETIC, TraceError, arrivals, chat, read_mooncake, scaled
 
     if trace == "chat":
         served = list(chat(requests or 1000, seed, image_tokens))
@@ -149,6 +178,7 @@ def _trace(trace: str, rate: str, requests: int | None, seed: int, image_tokens:
         served = list(read_mooncake(Path(trace), requests))
     if not served:
         raise TraceError(f"--trace {trace}: it holds no requests")
+    rate = rate or ("trace" if cluster else "max")
     if rate == "trace":
         if trace in SYNTHETIC:
             raise TraceError(f"--rate trace: {trace} has no times of its own; give a number, or max")
@@ -159,6 +189,8 @@ def _trace(trace: str, rate: str, requests: int | None, seed: int, image_tokens:
         per_second = float(rate)
     except ValueError:
         raise TraceError(f"--rate {rate!r} is not a number of requests per second, 'trace' or 'max'") from None
+    if cluster and trace not in SYNTHETIC:
+        return scaled(served, per_second)
     return list(arrivals(served, per_second, seed))
 
 

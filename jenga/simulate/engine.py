@@ -89,6 +89,7 @@ class Simulation:
         limits: Limits | None = None,
         progress: Progress | None = None,
         watch: Watch | None = None,
+        sampling: bool = True,
     ) -> None:
         self._plan = plan
         self._types = types
@@ -103,7 +104,6 @@ class Simulation:
         self._prefilling: dict[int, _Request] = {}
         self._decoding = 0
         self.cache = PrefixCache([p.group for p in plan.groups], plan.pool, plan.counts)
-
         self._all_pages = self.cache.pool.available
 
         self._step = 0
@@ -123,7 +123,7 @@ class Simulation:
         self._resident_time = self._short_time = self._all_resident_time = 0.0
         self._samples: list[MemorySample] = []
         self._sample_every = 1
-        self._next_sample = 0
+        self._next_sample: float = 0 if sampling else inf
 
     def run(self) -> SimulationResult:
         """Serve the whole trace."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from jenga.simulate.cluster import ClusterResult
 from jenga.simulate.report import CAUSES, SimulationResult
 
 COLOURS = {
@@ -56,3 +57,35 @@ def plot(results: Sequence[SimulationResult], folder: Path) -> list[Path]:
     figure.savefig(resident, dpi=120)
     pyplot.close(figure)
     return [memory, resident]
+
+
+def plot_routers(results: Sequence[ClusterResult], folder: Path) -> list[Path]:
+    """Write ``routers.png`` (tokens recomputed, time to first token, load of each replica) into `folder`; its path.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, (tokens, first, load) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    names = [r.router for r in results]
+    tokens.bar(names, [r.recomputed_prompt_tokens / 1e6 for r in results], color=COLOURS["needed"])
+    tokens.set(title="prompt tokens recomputed (millions)")
+    for part, colour in (("p99", "cached"), ("p90", "tail"), ("p50", "needed")):
+        first.bar(names, [getattr(r.ttft_s, part) for r in results], color=COLOURS[colour], label=part)
+    first.set(title="time to first token (s)")
+    first.legend()
+    load.boxplot([[n.computed_tokens / 1e6 for n in r.replicas] for r in results])
+    load.set_xticks(range(1, len(names) + 1), names)
+    load.set(title="tokens computed by a replica (millions)")
+    for axis in (tokens, first, load):
+        axis.tick_params(axis="x", rotation=30)
+        axis.set_ylim(0)
+    path = folder / "routers.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return [path]
