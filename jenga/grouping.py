@@ -15,8 +15,8 @@ from itertools import product
 from jenga.layout import LayerGroup, Layout, LayoutError, choose_layout
 
 GROUP_COST = 0.005
-"""What one more group costs, as a share of the buffer: 0.15 ms of scheduling for 64 requests with arrivals and evictions
-(measured on Falcon-H1-34B, nine groups against two; benchmarks/scheduler_step.py) in a step of some 30 ms."""
+"""What one more group costs, as a share of the buffer: 0.15 ms of scheduling for 64 requests with arrivals and
+evictions (measured on Falcon-H1-34B, nine groups against two; benchmarks/scheduler_step.py) in a step of some 30 ms."""
 
 MAX_PARTS = 12
 """Groups that one type's layers are cut into, at most."""

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 from vllm.v1.core import kv_cache_coordinator as vllm_coordinator
 from vllm.v1.core.kv_cache_utils import (
@@ -309,6 +309,8 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
         self.verify_and_split_kv_cache_groups()
         managers = self.single_type_managers
         self._states = [g for g, m in enumerate(managers) if isinstance(m, StateManager)]
+        for group in self._states:
+            cast(StateManager, managers[group]).keeps = self._keeps
         self._windows = [
             g
             for g, (m, policy) in enumerate(zip(managers, self._policies, strict=True))
@@ -387,16 +389,25 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
 
         So a running answer has one state more than it works on.
         """
-        self._answers += not kept.states
+        self._answers -= bool(kept.states)
         for pool, block, block_hash in kept.states:
             if block.ref_cnt == 0 and block.block_hash == block_hash:
                 pool.uncache(block)
         kept.answer = kept.computed
-        kept.states = [
-            (manager.block_pool, block := manager.req_to_blocks[kept.request.request_id][-1], block.block_hash)
-            for manager in self.single_type_managers
-            if isinstance(manager, StateManager)
-        ]
+        kept.states = []
+        for group in self._states:
+            manager = self.single_type_managers[group]
+            block = manager.req_to_blocks[kept.request.request_id][kept.computed // manager.block_size - 1]
+            if block.block_hash is None:  # moved on before it could be kept
+                kept.answer, kept.states = 0, []
+                break
+            kept.states.append((manager.block_pool, block, block.block_hash))
+        self._answers += bool(kept.states)
+
+    def _keeps(self, request_id: str, tokens: int) -> bool:
+        """Whether the states at `tokens` tokens of a running request are to be kept."""
+        kept = self.checkpoints.requests.get(request_id)
+        return kept is not None and (tokens in kept.boundaries.lengths or self._ends_answer(kept, tokens))
 
     def pop_blocks_by_group(self, request_id: str) -> list[list[KVCacheBlock]]:
         """The request's blocks, with the states and windows at the end of its answer."""

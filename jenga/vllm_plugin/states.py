@@ -7,7 +7,7 @@ behind; any other page goes along to the next boundary with its request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
@@ -22,6 +22,12 @@ ROLE = "jenga_state"
 
 class StateManager(MambaManager):
     """vLLM's manager of recurrent states, for pages on the two-level allocator."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keeps: Callable[[str, int], bool] = _keeps_nothing
+        """Whether a request's state at a length in tokens is to be kept; the coordinator knows."""
+        self._given_up: set[str] = set()
 
     def get_num_blocks_to_allocate(
         self,
@@ -51,15 +57,22 @@ class StateManager(MambaManager):
     def moves(self, request_id: str, tokens: int) -> bool:
         """Whether growing to `tokens` tokens takes the running state along in its page."""
         page = self._left_behind(request_id, tokens)
-        return page is not None and page.block_hash is None
+        if page is None:
+            return False
+        if request_id in self._given_up:
+            return True
+        # With async scheduling a request grows before vLLM hands over the block that it has completed.
+        return page.block_hash is None and not self.keeps(
+            request_id, len(self.req_to_blocks[request_id]) * self.block_size
+        )
 
     def can_give_up(self, request_id: str, tokens: int) -> bool:
         """Whether growing to `tokens` tokens would leave a kept state behind that nobody else uses."""
-        page = self._left_behind(request_id, tokens)
-        return page is not None and page.block_hash is not None
+        return self._left_behind(request_id, tokens) is not None and not self.moves(request_id, tokens)
 
     def give_up(self, request_id: str) -> None:
-        """Let the running state be overwritten although hits could use it."""
+        """Let the running state be overwritten, once, although hits could use it."""
+        self._given_up.add(request_id)
         self.block_pool._maybe_evict_cached_block(self.req_to_blocks[request_id][-1])
 
     def _left_behind(self, request_id: str, tokens: int) -> KVCacheBlock | None:
@@ -76,6 +89,7 @@ class StateManager(MambaManager):
         if not self.moves(request_id, num_tokens_main_model):
             return list(super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model))
         blocks: list[KVCacheBlock] = self.req_to_blocks[request_id]
+        self._given_up.discard(request_id)
         before = len(blocks)
         page, blocks[-1] = blocks[-1], self._null_block
         # The worker writes a checkpoint inside the chunk to the column before the last.
@@ -85,6 +99,10 @@ class StateManager(MambaManager):
         blocks.extend(self.block_pool.get_new_blocks(inside))
         blocks.append(page)
         return blocks[before:]
+
+
+def _keeps_nothing(request_id: str, tokens: int) -> bool:
+    return False
 
 
 def role_of(spec: KVCacheSpec) -> Any:

@@ -28,7 +28,6 @@ def test_features_beside_stock(tmp_path: Path) -> None:
     jenga, stock = (run(tmp_path, name, spec, jenga=name == "jenga", runner=RUNNER) for name in ("jenga", "stock"))
     for feature in ("priority", "prompt_logprobs", "several", "choice"):
         assert jenga[feature] == stock[feature], feature
-    assert {"12", "7"}.intersection(jenga["choice"]), "structured output is at work"
     first, other, again = jenga["salted_hits"]
     assert first == other == 0, "no tenant hits what another one has cached"
     assert again > 0
