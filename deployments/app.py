@@ -1,5 +1,6 @@
 """The Ray Serve application: `deployments.app:build`, named by `import_path` in configs/*.yaml."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,15 @@ def engine_kwargs(config: Serving) -> dict[str, Any]:
         "enable_prompt_tokens_details": True,
         **({"kv_events_config": ENGINE_CONFIG} if cache_aware(config) else {}),
         **engine.extra,
+        **({"additional_config": _without_contents(engine.extra)} if cache_aware(config) else {}),
     }
+
+
+def _without_contents(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's ``additional_config`` with events that tell no prompt and no salt: whoever reaches the node could read."""
+    given = dict(extra.get("additional_config") or {})
+    jenga = dict(given.get("jenga") or {})
+    return given | {"jenga": jenga | {"events": {"contents": False} | dict(jenga.get("events") or {})}}
 
 
 def model_folder(config: Serving) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,26 +98,42 @@ class CacheAwareRouter(RequestRouter):
         states = {id_: self._state(id_, replica) for id_, replica in by_id.items()}
         body = pending_request.args[0] if pending_request is not None and pending_request.args else None
         tokens = keys.token_ids(body)
-        reason, prompt = "no tokens" if not tokens else "no index", None
+        reason, order = "no tokens" if not tokens else "no index", None
         try:
-            prompt = self._look_up(tokens, getattr(body, "cache_salt", None)) if tokens else None
+            order = self._place(tokens, states, body, pending_request) if tokens else None
         except Exception:
             # Raised out of here, it would leave the request waiting for ever.
             logger.exception("the index failed: this request goes by load alone")
             reason = "index failed"
-        if prompt is None or tokens is None:
+        if order is None:
             self._metrics.fallback(reason)
             two = self._rng.sample(list(by_id), min(2, len(by_id)))
             two.sort(key=lambda id_: states[id_].queue)
             return [[by_id[id_] for id_ in two], candidate_replicas]
-        cached = {id_: prompt.hits[id_.unique_id] for id_ in by_id if id_.unique_id in prompt.hits}
-        order = rank(costs(len(tokens), cached, states, self._ledger, self._prices), states, self._prices, self._rng)
-        if pending_request is not None:
-            keys.predict(body, {id_.unique_id: hit.tokens for id_, hit in cached.items()})
-            self._book(pending_request.metadata.internal_request_id, order[0], prompt)
         self._metrics.decided(time.perf_counter() - started, self._feed)
         # One by one: Ray takes the next where the best has no room, and all at last.
         return [*([by_id[id_]] for id_ in order[:3]), candidate_replicas]
+
+    def _place(
+        self,
+        tokens: list[int],
+        states: Mapping[ReplicaID, State],
+        body: Any,
+        pending_request: PendingRequest | None,
+    ) -> list[ReplicaID] | None:
+        """Replicas in order of cost, the best one booked; None if no replica's cache is known."""
+        request = None if pending_request is None else pending_request.metadata.internal_request_id
+        if request is not None and (before := self._booked.pop(request, None)) is not None:
+            self._settle(before.replica, request)  # asked again: what it left nowhere must not draw it there
+        prompt = self._look_up(tokens, getattr(body, "cache_salt", None))
+        if prompt is None:
+            return None
+        cached = {id_: prompt.hits[id_.unique_id] for id_ in states if id_.unique_id in prompt.hits}
+        order = rank(costs(len(tokens), cached, states, self._ledger, self._prices), states, self._prices, self._rng)
+        if request is not None:
+            keys.predict(body, {id_.unique_id: hit.tokens for id_, hit in cached.items()})
+            self._book(request, order[0], prompt)
+        return order
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """The request is on its way, seldom to another replica than the best."""

@@ -106,6 +106,8 @@ class JengaServer(LLMServer):
         """Learn where the engine's event stream is, and how far."""
         try:
             stream = await asyncio.wait_for(self._ask_core("jenga_event_stream"), _ANSWER_S)
+        except TimeoutError:
+            return  # busy with a long step; the stream is where it was
         except Exception as error:
             # No plugin in the core (JENGA=0): routers then place by load.
             logger.warning("no KV event stream of this engine: %s", error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,6 +34,7 @@ ENGINE_CONFIG = {
 
 _REPLY_S = 5.0
 _RETRY_S = 0.5
+_SNAPSHOT_S = 1.0
 _END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -71,6 +73,8 @@ class SnapshotServer:
 
     def __init__(self, ask: Callable[[], Awaitable[dict[str, Any] | None]]) -> None:
         self._ask = ask
+        self._taken = 0.0
+        self._last: bytes | None = None
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER, socket_class=zmq.asyncio.Socket)
         self._socket.setsockopt(zmq.LINGER, 0)
 
@@ -84,11 +88,20 @@ class SnapshotServer:
         while True:
             client, *_ = await self._socket.recv_multipart()
             try:
-                snapshot = await asyncio.wait_for(self._ask(), _REPLY_S)
+                await self._socket.send_multipart([client, await self._snapshot()])
+            except Exception as error:  # the next client may have more luck
+                logger.warning("a snapshot of this engine's cache was not sent: %s", error)
+
+    async def _snapshot(self) -> bytes:
+        """What is cached, encoded; at most once a second, since the engine stands still for it."""
+        now = time.monotonic()
+        if now - self._taken > _SNAPSHOT_S or self._last is None:
+            self._taken, self._last = now, None
+            try:
+                self._last = msgspec.msgpack.encode(await asyncio.wait_for(self._ask(), _REPLY_S))
             except Exception as error:
                 logger.warning("no snapshot of this engine's cache: %s", error)
-                snapshot = None
-            await self._socket.send_multipart([client, msgspec.msgpack.encode(snapshot)])
+        return self._last or msgspec.msgpack.encode(None)
 
 
 class EventFeed:
@@ -136,7 +149,7 @@ class EventFeed:
                     # What is published before the subscription arrives is missed, and found missing later.
                     await self._satisfy(name, source, AskSnapshot())
                     await self._listen(name, source, stream, wake)
-            except (OSError, ValueError, TimeoutError, zmq.ZMQError, msgspec.MsgspecError) as error:
+            except Exception as error:  # whatever it was, the replica counts as empty until its stream is in order
                 logger.warning("KV events of replica %s: %s: %s; starting over", name, type(error).__name__, error)
                 self.index.forget(name)
                 await asyncio.sleep(_RETRY_S)

@@ -37,8 +37,11 @@ ENDPOINTS = {name: DEFAULT_ENDPOINTS[name] for name in ("completions", "chat")} 
 _LENGTH = "max_request_context_length"
 
 
-_RETRY_PAUSES_S = (0.1, 0.5, 1.0, 2.0, 4.0)
-"""Seconds before each new try of a request whose replica died before it answered.  A dead engine is found in 2 s."""
+_RETRY_PAUSE_S = 1.5
+"""Seconds after which a request whose replica died before it answered goes to another one: by then Ray knows.
+
+Once only, for it may be the request that kills engines.
+"""
 
 
 def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -249,16 +252,12 @@ class Ingress(OpenAiIngress):
             raw_request.state.body_was_read = True
         ids = await self._token_ids(body, raw_request)
         try:
-            for pause in _RETRY_PAUSES_S:
-                attach(body, ids)
-                try:
-                    return await super()._process_llm_request(body, call_method, raw_request)
-                except (EngineDeadError, RayActorError) as error:
-                    # Nothing was answered yet, so another replica may have it; Ray finds the dead one meanwhile.
-                    logger.warning(
-                        "a replica died under a request, which goes to another one: %s", type(error).__name__
-                    )
-                    await asyncio.sleep(pause)
+            attach(body, ids)
+            try:
+                return await super()._process_llm_request(body, call_method, raw_request)
+            except (EngineDeadError, RayActorError) as error:
+                logger.warning("a replica died under a request, which goes to another one: %s", type(error).__name__)
+                await asyncio.sleep(_RETRY_PAUSE_S)
             attach(body, ids)
             return await super()._process_llm_request(body, call_method, raw_request)
         except OpenAIHTTPException as error:

@@ -70,6 +70,7 @@ def take_prediction(params: Any, replica: str) -> int | None:
     transfer = extra.get("kv_transfer_params") if isinstance(extra, dict) else None
     if not isinstance(transfer, dict):
         return None
+    transfer.pop(TOKEN_IDS, None)  # vLLM takes them from chats only; the engine core has no use for them
     expected = transfer.pop(PREDICTED, None)
     if not transfer:
         del extra["kv_transfer_params"]

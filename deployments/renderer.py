@@ -54,8 +54,8 @@ class PromptRenderer:
         prompt = payload.get("prompt")
         if payload.get("echo") or payload.get("prompt_embeds") is not None:
             return None
-        if isinstance(prompt, list):
-            return prompt if prompt and all(type(token) is int for token in prompt) else None
+        if isinstance(prompt, list) and not all(type(token) is int for token in prompt):
+            return None
         request = CompletionRequest.model_validate(dict(payload))
         rendered = await self._renderer.preprocess_completion(
             request, prompt_input=prompt, prompt_embeds=None, skip_mm_cache=True

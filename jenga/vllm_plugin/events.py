@@ -40,6 +40,7 @@ from vllm.v1.kv_cache_interface import iter_layer_specs
 from vllm.v1.request import Request
 
 from jenga.routing import GroupRule, HitRule, Snapshot
+from jenga.vllm_plugin import settings
 from jenga.vllm_plugin.config import JengaKVCacheConfig
 from jenga.vllm_plugin.groups import group_name, policy_of
 
@@ -68,6 +69,7 @@ class StreamPublisher(EventPublisher):
     def __init__(self, publisher: EventPublisher, scheduler: Any) -> None:
         self._publisher = publisher
         self._scheduler = scheduler
+        self._contents = settings.read(scheduler.vllm_config).events.contents
         self.epoch = secrets.randbits(62)
         """Names this engine process: sequence numbers start anew with each."""
         self.sequence = 0
@@ -82,6 +84,10 @@ class StreamPublisher(EventPublisher):
         header: dict[str, Any] = {"epoch": self.epoch}
         if self.sequence == 0 and self.rule is not None:
             header["rule"] = self.rule.to_dict()
+        if not self._contents:
+            for event in events.events:
+                if isinstance(event, BlockStored):
+                    event.token_ids, event.extra_keys = [], None
         events.events = [StreamHeader(block_hashes=[], medium=None, stream=header), *compact(events.events)]
         self._publisher.publish(events)
         self.sequence += 1

@@ -17,12 +17,23 @@ class Checkpoints(BaseModel):
     answers: bool = Field(default=True, description="the end of the answer, for the next turn of a conversation")
 
 
+class Events(BaseModel):
+    """What KV events carry."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    contents: bool = Field(
+        default=True, description="token ids and salts of the blocks stored; an index of Jenga's needs neither"
+    )
+
+
 class Settings(BaseModel):
     """All settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     checkpoints: Checkpoints = Checkpoints()
+    events: Events = Events()
 
 
 def read(config: VllmConfig) -> Settings:
@@ -39,6 +50,6 @@ def read(config: VllmConfig) -> Settings:
         first = error.errors()[0]
         where = ".".join(("additional_config", "jenga", *map(str, first["loc"])))
         raise ValueError(
-            f"{where} = {first['input']!r}: {first['msg']}. Known: checkpoints.turns, checkpoints.answers "
-            "(true or false)."
+            f"{where} = {first['input']!r}: {first['msg']}. Known: checkpoints.turns, "
+            "checkpoints.answers, events.contents (true or false)."
         ) from None
