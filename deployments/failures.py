@@ -57,7 +57,7 @@ def root_cause(lines: Iterable[str]) -> str | None:
 # What vLLM says when the pool cannot hold one longest request, and what to do about it here.
 _KV_TOO_SMALL = re.compile(
     r"To serve at least one request|larger than the available KV cache memory|No available memory for the cache"
-    r"|do not hold one large page"
+    r"|do(?:es)? not hold one (?:large page|request)"
 )
 
 

@@ -1,5 +1,7 @@
 """The reason of a failed start, out of what processes print."""
 
+import pytest
+
 from deployments.failures import in_our_terms, memory_plan, root_cause
 
 # What vLLM 0.32 printed, shortened.
@@ -60,6 +62,17 @@ def test_too_little_memory_is_told_in_the_files_terms() -> None:
     assert "engine.kv_memory is 65,536 bytes" in told
     assert "engine.max_model_len is 512 tokens" in told
     assert "about 32 tokens" in told
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        "65536 bytes of KV memory do not hold one large page: the smallest takes 81920 bytes",
+        "KV cache memory of 0.0 MiB (null page deducted) does not hold one request of the model's max seq len",
+    ],
+)
+def test_the_plugins_own_words_for_it_too(ours: str) -> None:
+    assert "engine.kv_memory is 65,536 bytes" in in_our_terms(ours, kv_memory=65_536, max_model_len=512)
 
 
 def test_pydantics_frame_is_taken_off() -> None:
