@@ -20,6 +20,7 @@ from math import lcm
 from typing import Protocol
 
 from jenga.allocator import EvictCallback, OutOfPagesError, Usage
+from jenga.checkpoints import boundaries
 from jenga.hits import GroupCache, Hit, longest_common_hit
 from jenga.layers import Counts
 from jenga.metrics import LiveUse
@@ -305,7 +306,7 @@ class PrefixCache:
                     self.pool.revive(g, page)
                 refs[page] = count + 1
         if not image_tokens:
-            sequence.boundaries = self._boundaries(match.hit, prompt_tokens)
+            sequence.boundaries = boundaries(match.hit, prompt_tokens, self.alignment).lengths
         for group in self.groups:
             size = group.page_tokens
             sequence.keep.append([group.policy.pages_of_hit(b // size, size) for b in sequence.boundaries])
@@ -420,12 +421,6 @@ class PrefixCache:
         if self.counts[g] is Counts.IMAGES or self._end(g, _FAR, 0) == end:
             return _FAR
         return end * self.groups[g].page_tokens - self.counts[g].length(0, sequence.image_tokens)
-
-    def _boundaries(self, hit: Hit, prompt_tokens: int) -> tuple[int, ...]:
-        """Lengths at which to keep what a hit there needs, in tokens, ascending."""
-        # A hit leaves at least one token to compute, so an equal prompt resumes before its last token.
-        ends = {(prompt_tokens - 1) // self.alignment * self.alignment, hit.furthest // self.alignment * self.alignment}
-        return tuple(sorted(b for b in ends if b > hit.tokens))
 
     def _new_pages(self, g: int, sequence: _Sequence, tokens: int) -> Sequence[int]:
         """Indices of the pages to allocate."""
