@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 from collections import deque
@@ -15,15 +14,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    JENGA="1",
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_LOGGING_LEVEL="WARNING",
-    OMP_NUM_THREADS="1",
-)
 BLOCK, FIRST, QUESTION, ANSWER, TURNS = 32, 300, 40, 100, 4
 
 

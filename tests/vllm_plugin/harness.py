@@ -12,6 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ENGINE = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "2",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+"""Environment of an engine in a test, where nothing else is set."""
+
 RUNNER = Path(__file__).with_name("engine_run.py")
 
 
@@ -66,7 +76,7 @@ def run(
     taken.unlink(missing_ok=True)
     done = subprocess.run(
         [sys.executable, str(runner), str(given), str(taken)],
-        env={**os.environ, "JENGA": "1" if jenga else "0", **env},
+        env={**ENGINE, **os.environ, "JENGA": "1" if jenga else "0", **env},
         capture_output=True,
         text=True,
         timeout=timeout,

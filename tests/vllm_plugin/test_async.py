@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jenga.demo import make
+from tests.vllm_plugin.harness import ENGINE
 
 RUNNER = Path(__file__).with_name("async_run.py")
 
@@ -18,7 +20,9 @@ RUNNER = Path(__file__).with_name("async_run.py")
 def test_conversations_hit_the_same_with_steps_in_flight(name: str, tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     line = [sys.executable, str(RUNNER), str(make(name, tmp_path / "models")), str(result)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        line, env={**ENGINE, **os.environ, "JENGA": "1"}, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(result.read_text())
     # 300 tokens and 100 answered; then 40 and 100 more each turn.  A block of 32 is the most that is computed again.
