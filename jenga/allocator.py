@@ -29,6 +29,7 @@ Every operation is O(1) per small page asked, amortised; nothing scans the pool.
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -91,8 +92,10 @@ SCARCE = 32
 EvictCallback = Callable[[int, int], None]
 # Plain integers: looking up a member of an enumeration costs as much as the rest of an operation's bookkeeping.
 _FREE, _LIVE, _CACHED = int(PageState.FREE), int(PageState.LIVE), int(PageState.CACHED)
-_UNOWNED = -1
-_RESERVED = -2
+UNOWNED = -1
+"""In `TwoLevelAllocator.map`: a large page on the free list."""
+RESERVED = -2
+"""In `TwoLevelAllocator.map`: a large page that is never granted."""
 
 
 class _Group:
@@ -158,7 +161,7 @@ class TwoLevelAllocator:
         self.ratios = tuple(ratios)
         self._on_evict = on_evict
         self._groups = [_Group(r, large_pages) for r in ratios]
-        self._owner = [_RESERVED] * reserved + [_UNOWNED] * (large_pages - reserved)
+        self._owner = [RESERVED] * reserved + [UNOWNED] * (large_pages - reserved)
         self._live = [0] * large_pages
         # Per large page: its free slots (a stack) and its cached pages with the time each fell out of use.
         self._slots: list[list[int]] = [[] for _ in range(large_pages)]
@@ -374,6 +377,23 @@ class TwoLevelAllocator:
         """Group that owns a large page, None if it is free or reserved."""
         return None if self._owner[large] < 0 else self._owner[large]
 
+    @property
+    def clock(self) -> int:
+        """The logical clock that `tick` advances."""
+        return self._clock
+
+    def map(self) -> tuple[bytes, tuple[bytes, ...]]:
+        """Copies of the whole books, for `jenga.metrics.map`: milliseconds for 100,000 large pages.
+
+        The owner of each large page, a signed byte (its group, `UNOWNED` or `RESERVED`), and by group the state of
+        each small page.
+        """
+        return array("b", self._owner).tobytes(), tuple(bytes(g.state) for g in self._groups)
+
+    def released(self, large: int) -> dict[int, int]:
+        """The cached small pages of a large page, with the clock when each fell out of use."""
+        return dict(self._cached[large])
+
     def check(self) -> None:
         """Recount everything from the page states and compare (debugging: O(pages)).
 
@@ -509,7 +529,7 @@ class TwoLevelAllocator:
             if not g.partial[0]:
                 g.mask &= ~1
         self._slots[large] = []
-        self._owner[large] = _UNOWNED
+        self._owner[large] = UNOWNED
         g.owned -= 1
         self._free.append(large)
 

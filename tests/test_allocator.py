@@ -10,7 +10,15 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from jenga.allocator import SCARCE, OutOfPagesError, PageError, PageState, TwoLevelAllocator
+from jenga.allocator import (
+    RESERVED,
+    SCARCE,
+    UNOWNED,
+    OutOfPagesError,
+    PageError,
+    PageState,
+    TwoLevelAllocator,
+)
 
 LIVE = "live"
 
@@ -331,6 +339,27 @@ class AllocatorMachine(RuleBasedStateMachine):
                 assert pool.state(g, s) == state, f"page {s} of group {g}"
         for large in range(model.large_pages):
             assert pool.owner(large) == next((g for g, o in enumerate(owners) if large in o), None)
+
+    @invariant()
+    def same_map(self):
+        """What the memory map copies of the books says the same as the model."""
+        if not hasattr(self, "pool"):
+            return
+        model, pool = self.model, self.pool
+        owners, states = pool.map()
+        expected = [UNOWNED] * model.large_pages
+        expected[: model.reserved] = [RESERVED] * model.reserved
+        for g, ratio in enumerate(model.ratios):
+            assert len(states[g]) == model.large_pages * ratio
+            for s, state in enumerate(states[g]):
+                stamp = model.pages[g].get(s)
+                assert state == (0 if stamp is None else 1 if stamp == LIVE else 2), f"page {s} of group {g}"
+            for large in model.owned(g):
+                expected[large] = g
+                cached = {s: t for s, t in model.inside(g, large).items() if t != LIVE}
+                assert pool.released(large) == cached, f"last uses in large page {large}"
+        assert list(memoryview(owners).cast("b")) == expected
+        assert pool.clock == model.clock
 
     @invariant()
     def same_sums(self):
