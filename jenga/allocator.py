@@ -80,10 +80,24 @@ class Counters:
     """Totals since start."""
 
     evicted_pages: tuple[int, ...]
-    """Cached small pages that lost their contents, by group."""
+    """Cached small pages that lost their contents to another use, by group."""
     evicted_large_pages: int
     whole_page_grants: int
     """Large pages granted whole to one request (step 1)."""
+    evicted_by_cause: tuple[tuple[int, ...], ...] = ()
+    """Cached small pages that lost their contents, by group and cause (`EVICTION_CAUSES`); all but the forgotten ones
+    are `evicted_pages`."""
+
+
+EVICTION_CAUSES = ("large_page", "beside_live", "own_oldest", "forgotten")
+"""Why a cached page lost its contents: with its whole large page, for another use; alone, beside live pages or as the
+oldest of its group; or because it was told to be forgotten."""
+
+CLOCK_HZ = 1 << 20
+"""Steps of the allocator's clock per second, where whoever drives it tells the time (`TwoLevelAllocator.tick`)."""
+
+AGE_BUCKETS = 64
+"""Bucket ``n`` has the evictions at an age of more than half of ``2**n``, and at most ``2**n``, steps of the clock."""
 
 
 SCARCE = 32
@@ -92,6 +106,7 @@ SCARCE = 32
 EvictCallback = Callable[[int, int], None]
 # Plain integers: looking up a member of an enumeration costs as much as the rest of an operation's bookkeeping.
 _FREE, _LIVE, _CACHED = int(PageState.FREE), int(PageState.LIVE), int(PageState.CACHED)
+_LARGE_PAGE, _BESIDE_LIVE, _OWN_OLDEST, _FORGOTTEN = range(len(EVICTION_CAUSES))
 UNOWNED = -1
 """In `TwoLevelAllocator.map`: a large page on the free list."""
 RESERVED = -2
@@ -102,6 +117,7 @@ class _Group:
     """Bookkeeping of one group; indices of the per-large-page tables are large page numbers."""
 
     __slots__ = (
+        "ages",
         "cached_pages",
         "evicted",
         "live_pages",
@@ -130,7 +146,15 @@ class _Group:
         self.owned = 0
         self.live_pages = 0
         self.cached_pages = 0
-        self.evicted = 0
+        self.evicted = [0] * len(EVICTION_CAUSES)
+        self.ages = [0] * (2 * AGE_BUCKETS)
+
+    def evict(self, cause: int, pages: int, age: int) -> None:
+        """Count `pages` pages that were evicted together."""
+        self.evicted[cause] += pages
+        bucket = (age - 1).bit_length()
+        self.ages[bucket] += 1
+        self.ages[AGE_BUCKETS + bucket] += age
 
 
 class TwoLevelAllocator:
@@ -222,9 +246,13 @@ class TwoLevelAllocator:
 
     # -- operations -----------------------------------------------------------------------------------------
 
-    def tick(self) -> None:
-        """Advance the logical clock: pages released from now on are younger than those before."""
-        self._clock += 1
+    def tick(self, now: int = 0) -> None:
+        """Advance the clock: pages released from now on are younger than those before.
+
+        By one step, or to `now` (`CLOCK_HZ` per second) if that is later: then stamps tell ages.
+        """
+        clock = self._clock + 1
+        self._clock = now if now > clock else clock
 
     def expect(self, pages: Sequence[int]) -> None:
         """Announce what the current request will still ask of each group.
@@ -334,6 +362,7 @@ class TwoLevelAllocator:
         large = page // g.ratio
         live = self._live[large]
         had_slot = bool(self._slots[large])
+        g.evicted[_FORGOTTEN] += 1
         self._uncache(g, large, page)
         g.state[page] = _FREE
         self._slots[large].append(page)
@@ -368,10 +397,16 @@ class TwoLevelAllocator:
     def counters(self) -> Counters:
         """Totals since start."""
         return Counters(
-            evicted_pages=tuple(g.evicted for g in self._groups),
+            evicted_pages=tuple(sum(g.evicted[:_FORGOTTEN]) for g in self._groups),
             evicted_large_pages=self._evicted_large,
             whole_page_grants=self._whole_grants,
+            evicted_by_cause=tuple(tuple(g.evicted) for g in self._groups),
         )
+
+    def eviction_ages(self, group: int) -> tuple[list[int], list[int]]:
+        """Evictions of a group by age: their numbers by bucket (`AGE_BUCKETS`), and the sums of their ages (steps)."""
+        ages = self._groups[group].ages
+        return ages[:AGE_BUCKETS], ages[AGE_BUCKETS:]
 
     def owner(self, large: int) -> int | None:
         """Group that owns a large page, None if it is free or reserved."""
@@ -543,9 +578,8 @@ class TwoLevelAllocator:
             if self._on_evict is not None:
                 self._on_evict(index, page)
         g.cached_pages -= len(cached)
-        g.evicted += len(cached)
+        g.evict(_LARGE_PAGE, len(cached), self._clock - self._evictable.pop(large))
         self._cached[large] = {}
-        del self._evictable[large]
         self._evicted_large += 1
         self._return_large(g, large)
 
@@ -628,8 +662,8 @@ class TwoLevelAllocator:
 
     def _reuse_cached(self, index: int, g: _Group, large: int) -> int:
         """Evict the least recently used cached page of an owned large page and grant its place."""
-        page = next(iter(self._cached[large]))
-        g.evicted += 1
+        page, stamp = next(iter(self._cached[large].items()))
+        g.evict(_BESIDE_LIVE if self._live[large] else _OWN_OLDEST, 1, self._clock - stamp)
         if self._on_evict is not None:
             self._on_evict(index, page)
         self._enliven(g, large, page)
