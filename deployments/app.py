@@ -155,4 +155,5 @@ def build(args: dict[str, Any]) -> serve.Application:
         llm_deployments={config.model.id: build_llm_deployment(ray_config, name_prefix="Engine:")},
         model_cards={config.model.id: to_model_metadata(config.model.id, ray_config)},
         tokenise={config.model.id: ray_config} if cache_aware(config) else {},
+        show_memory=config.memory_map,
     )

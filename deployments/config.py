@@ -184,6 +184,7 @@ class Serving(Section):
     replicas: Replicas = 1
     resources: Resources = Resources()
     router: Router = Router()
+    memory_map: bool = Field(True, description="the page /memory and its data, for whoever reaches the REST interface")
     stream_batch_ms: float = Field(10, ge=0, description="milliseconds over which a stream's tokens travel together")
     environment: dict[str, str] = Field(default_factory=dict, description="variables of each replica")
 

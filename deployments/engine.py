@@ -16,6 +16,7 @@ from deployments import keys
 from deployments.cache_router import KV_STREAM
 from deployments.events import SnapshotServer, Source
 from deployments.failures import in_our_terms, root_cause
+from deployments.memory_map import MemoryWatch
 from deployments.metrics import Exporter
 from deployments.placement import KV_IN_USE
 from deployments.router_metrics import Predictions
@@ -47,6 +48,7 @@ class JengaServer(LLMServer):
     _kv_in_use = 0.0
     _kv_stream: dict[str, Any] | None = None
     _snapshots = ""
+    _report: dict[str, Any] | None = None
 
     async def start(self) -> None:
         """Start the engine; raise EngineStartError with its own reason if that fails."""
@@ -67,6 +69,8 @@ class JengaServer(LLMServer):
                     max_model_len=kwargs.get("max_model_len"),
                 )
             ) from None
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._memory_watch = MemoryWatch(self._ask_core, replica, self._llm_config.model_id)
         self._metrics = asyncio.create_task(self._export_metrics())
         self._watch = asyncio.create_task(self._end_with_the_engine())
         if self._llm_config.engine_kwargs.get("kv_events_config"):
@@ -94,8 +98,12 @@ class JengaServer(LLMServer):
             told[KV_STREAM] = self._kv_stream
         return told
 
-    async def _ask_core(self, question: str) -> Any:
-        return await self.engine._engine_client.engine_core.call_utility_async(question)
+    async def memory(self, replica: str | None, large: int | None) -> dict[str, Any] | bytes | None:
+        """What the memory map's routes ask of every replica: `MemoryWatch.answer`."""
+        return await self._memory_watch.answer(self._report, replica, large)
+
+    async def _ask_core(self, question: str, *arguments: Any) -> Any:
+        return await self.engine._engine_client.engine_core.call_utility_async(question, *arguments)
 
     async def _snapshot(self) -> dict[str, Any] | None:
         """Everything that this replica's engine has cached."""
@@ -163,6 +171,7 @@ class JengaServer(LLMServer):
                 logger.warning("no memory metrics from this engine: %s", error)
                 return
             if data is not None:
+                self._report = data
                 exporter.publish(self._samples(data))
             await asyncio.sleep(_PERIOD_S)
 

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from deployments import memory_map
 from deployments.keys import attach
 from deployments.placement import prompt_of
 from deployments.renderer import PromptRenderer
@@ -31,6 +32,7 @@ logger = logging.getLogger("ray.serve")
 ENDPOINTS = {name: DEFAULT_ENDPOINTS[name] for name in ("completions", "chat")} | {
     "models": lambda app: app.get("/v1/models"),
     "model_data": lambda app: app.get("/v1/models/{model:path}"),
+    **memory_map.ENDPOINTS,
 }
 
 # Key of Ray's model card: tokens of prompt and answer together, None if the configuration does not say.
@@ -128,7 +130,7 @@ class BodyRoute(APIRoute):
             except (HTTPException, OpenAIHTTPException, RequestValidationError, VLLMClientError):
                 raise
             except Exception as error:
-                if not getattr(request.state, "body_was_read", False):
+                if request.method == "POST" and not getattr(request.state, "body_was_read", False):
                     return error_response(
                         f"The request body has not the form that {request.url.path} expects: {error}.",
                         400,
@@ -183,14 +185,21 @@ def make_renderer(config: LLMConfig) -> PromptRenderer | None:
         return None
 
 
-class Ingress(OpenAiIngress):
+class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
     """Ray's ingress, with OpenAI's own words for an unknown model and no traceback in any answer."""
 
-    def __init__(self, *args: Any, tokenise: Mapping[str, LLMConfig] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, tokenise: Mapping[str, LLMConfig] | None = None, show_memory: bool = True, **kwargs: Any
+    ) -> None:
         """`tokenise` are the models whose prompts are tokenised here, once, so that the router knows their tokens."""
         super().__init__(*args, **kwargs)
+        self._memory_map_on = show_memory
         self._created = int(time.time())
         self._renderers = {model: make_renderer(config) for model, config in (tokenise or {}).items()}
+
+    def _memory_handles(self) -> dict[str, Any]:
+        # The handles that requests go through: another one would bring a router of its own.
+        return {model: self._get_configured_serve_handle(model) for model in self._model_cards}
 
     async def models(self) -> dict[str, Any]:
         """The served models."""

@@ -165,7 +165,7 @@ def _serve(path: Path, config: ServeFile, options: Options, progress: Progress, 
             _keep_logs(running, progress.console)
             _end(running, folder)
         raise
-    _report(running, answer, progress)
+    _report(running, answer, progress, shows_memory=config.application.args.memory_map)
     if not isolated:
         _warn_open(progress.console, running)
     return running
@@ -430,7 +430,7 @@ def _memory_plan(running: Record) -> str | None:
     return None
 
 
-def _report(running: Record, answer: Answer, progress: Progress) -> None:
+def _report(running: Record, answer: Answer, progress: Progress, *, shows_memory: bool) -> None:
     console = progress.console
     console.print(f"\n[bold green]serving[/] {running.model} after {progress.elapsed:.0f} s\n")
     if plan := _memory_plan(running):
@@ -443,7 +443,8 @@ def _report(running: Record, answer: Answer, progress: Progress) -> None:
         console.print(f"\nthe answer {answer.text!r} is {verdict}: the prompt holds {answer.right!r}", highlight=False)
     console.print(
         f"\nREST       {running.url}/v1\n"
-        f"metrics    {running.metrics_url}\n"
+        + (f"memory     {running.memory_url}\n" if shows_memory else "")
+        + f"metrics    {running.metrics_url}\n"
         f"dashboard  {running.dashboard_url}\n"
         f"stop       {_this_program()} stop",
         highlight=False,

@@ -50,6 +50,11 @@ class Record:
         return f"http://{host}:{self.port}"
 
     @property
+    def memory_url(self) -> str:
+        """The memory map, if the configuration shows it."""
+        return f"{self.url}/memory"
+
+    @property
     def dashboard_url(self) -> str:
         """Base of Ray's dashboard and of Serve's REST API."""
         return f"http://127.0.0.1:{self.dashboard_port}"

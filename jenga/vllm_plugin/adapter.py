@@ -122,6 +122,7 @@ def install() -> None:
         engine,
         events,
         hybrid_blocks,
+        memory_map,
         planning,
         states,
         steady,
@@ -152,6 +153,7 @@ def install() -> None:
     elif current_platform.is_cuda_alike():
         worker.install_gpu()
     engine.install()
+    memory_map.install()
     events.install()
     logger.debug("Jenga's memory manager is installed in vLLM %s", vllm.__version__)
 

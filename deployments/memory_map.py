@@ -1,0 +1,215 @@
+"""The memory map page: what replicas tell of their buffers, and the routes that hand it to a browser.
+
+The engine core is asked only while somebody looks, and at most once per `PERIOD_S` for all of them
+(docs/memory-map.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Query, Request
+from ray.serve.exceptions import DeploymentUnavailableError
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from jenga.metrics.map import MemoryMap
+
+logger = logging.getLogger("ray.serve")
+
+PERIOD_S = 1.0
+"""Least time between two maps of one engine; what is younger is served again."""
+PAGE_PERIOD_S = 0.2
+"""Least time between two looks into a large page, which cost more per page than the map does."""
+ANSWER_S = 5.0
+"""How long a busy engine core may take."""
+
+VERSION = 1
+"""Of the JSON of ``/memory/data``."""
+
+ENDPOINTS = {
+    "memory_page": lambda app: app.get("/memory", include_in_schema=False),
+    "memory_data": lambda app: app.get("/memory/data"),
+    "memory_pages": lambda app: app.get("/memory/pages"),
+    "memory_large_page": lambda app: app.get("/memory/page"),
+}
+
+OFF = "memory_map_off"
+"""Error code of every route here where the configuration switches the page off."""
+
+_FILE = Path(__file__).with_name("memory_map.html")
+# Scripts and data of this page only: nothing is ever fetched from elsewhere.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+}
+
+Ask = Callable[..., Awaitable[Any]]
+
+
+class MemoryWatch:
+    """In a replica: answers about its engine's memory, asked of the engine core as seldom as freshness allows."""
+
+    def __init__(self, ask: Ask, replica: str, model: str) -> None:
+        """`ask` calls a utility of the engine core."""
+        self._ask = ask
+        self._replica = replica
+        self._model = model
+        self._locks = {question: asyncio.Lock() for question in ("load", "map", "page")}
+        # What was told last, and when.
+        self._load = (0.0, dict[str, Any]())
+        self._map = (0.0, b"")
+        self._page_asked = 0.0
+
+    async def answer(
+        self, report: Mapping[str, Any] | None, wanted: str | None, large: int | None
+    ) -> dict[str, Any] | bytes | None:
+        """To everybody (`wanted` is None) a summary; to who wants this replica its map, or one large page; else None.
+
+        A map is compressed with gzip.  What cannot be told is ``{"problem": ...}``.
+        """
+        if wanted not in (None, self._replica):
+            return None
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                if wanted is None:
+                    return await self._tell_summary(report)
+                return await (self._tell_map() if large is None else self._tell_page(large))
+        except TimeoutError:
+            about = {"model": self._model, "report": report} if wanted is None else {}
+            return {"replica": self._replica, "problem": "busy", **about}
+
+    async def _tell_summary(self, report: Mapping[str, Any] | None) -> dict[str, Any]:
+        async with self._locks["load"]:
+            if time.monotonic() - self._load[0] >= PERIOD_S:
+                self._load = (time.monotonic(), await self._ask("jenga_load"))
+            return {"replica": self._replica, "model": self._model, **self._load[1], "report": report}
+
+    async def _tell_map(self) -> bytes | dict[str, Any]:
+        async with self._locks["map"]:
+            if time.monotonic() - self._map[0] >= PERIOD_S:
+                taken = await self._ask("jenga_map")
+                if taken is None:
+                    return {"problem": "no map"}
+                # Beside the event loop: what the engine core only copied takes milliseconds to compress.
+                self._map = (time.monotonic(), await asyncio.to_thread(_compressed, taken, self._replica))
+            return self._map[1]
+
+    async def _tell_page(self, large: int) -> dict[str, Any]:
+        async with self._locks["page"]:
+            await asyncio.sleep(max(0.0, self._page_asked + PAGE_PERIOD_S - time.monotonic()))
+            self._page_asked = time.monotonic()
+            found: dict[str, Any] | None = await self._ask("jenga_large_page", large)
+            return {"problem": "no page"} if found is None else found
+
+
+def _compressed(taken: Mapping[str, Any], replica: str) -> bytes:
+    return gzip.compress(MemoryMap.from_dict(taken).encode(replica), compresslevel=1)
+
+
+class MemoryRoutes:
+    """The routes; a mixin of the ingress, which has the handles of all models' replicas."""
+
+    _memory_map_on: bool
+    """Whether the configuration shows the page."""
+    _memory_handles: Callable[[], Mapping[str, Any]]
+    """A handle for each model."""
+
+    async def memory_page(self) -> Response:
+        """The page itself."""
+        if not self._memory_map_on:
+            return _refused(404, OFF)
+        return HTMLResponse(_FILE.read_text(), headers=_HEADERS)
+
+    async def memory_data(self, request: Request) -> Response:
+        """Every replica's memory by cause and requests, as JSON."""
+        if refused := self._refuse(request):
+            return refused
+        replicas = [each for each in await self._ask_replicas(None, None) if "replica" in each]
+        replicas.sort(key=lambda each: (each.get("model", ""), each["replica"]))
+        return JSONResponse(
+            {"version": VERSION, "taken": time.time(), "period_s": PERIOD_S, "replicas": replicas}, headers=_HEADERS
+        )
+
+    async def memory_pages(self, request: Request, replica: str) -> Response:
+        """One replica's map: `jenga.metrics.map.MemoryMap.encode`."""
+        if refused := self._refuse(request):
+            return refused
+        found = await self._ask_replica(replica, None)
+        if not isinstance(found, bytes):
+            return found
+        return Response(found, media_type="application/octet-stream", headers=_HEADERS | {"Content-Encoding": "gzip"})
+
+    async def memory_large_page(
+        self, request: Request, replica: str, large: Annotated[int, Query(ge=0, lt=1 << 31)]
+    ) -> Response:
+        """What is in one large page of one replica: `jenga.metrics.map.LargePage`, as JSON."""
+        if refused := self._refuse(request):
+            return refused
+        found = await self._ask_replica(replica, large)
+        return found if isinstance(found, Response) else JSONResponse(found, headers=_HEADERS)
+
+    def _refuse(self, request: Request) -> Response | None:
+        """A page of another site must not read request ids through its visitor's browser (Ray's CORS allows all)."""
+        if not self._memory_map_on:
+            return _refused(404, OFF)
+        if request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+            return _refused(403, "other_site")
+        return None
+
+    async def _ask_replica(self, replica: str, large: int | None) -> Any:
+        """A replica's answer, or a response that says why there is none."""
+        answers = await self._ask_replicas(replica, large)
+        if not answers:
+            return _refused(404, "replica_gone", replica=replica)
+        problem = answers[0].get("problem") if isinstance(answers[0], dict) else None
+        match problem:
+            case "busy":
+                return _refused(503, "replica_busy", replica=replica)
+            case "no map":
+                return _refused(404, "no_map", replica=replica)
+            case "no page":
+                return _refused(404, "no_page", replica=replica, large=large)
+        return answers[0]
+
+    async def _ask_replicas(self, replica: str | None, large: int | None) -> list[Any]:
+        """What the replicas answer, those that die meanwhile left out."""
+        answers: list[Any] = []
+        for handle in self._memory_handles().values():
+            try:
+                answers += await handle.broadcast("memory", replica, large).results_async(
+                    timeout_s=2 * ANSWER_S, return_exceptions=True
+                )
+            except (DeploymentUnavailableError, TimeoutError) as error:
+                logger.debug("no replica told of its memory: %s", error)
+        for each in answers:
+            if isinstance(each, Exception):
+                logger.debug("a replica did not tell of its memory: %s", each)
+        return [each for each in answers if each is not None and not isinstance(each, Exception)]
+
+
+_WORDS = {
+    OFF: "The memory map is switched off here; `memory_map: true` in the configuration switches it on.",
+    "other_site": "The memory map is shown only to pages of this server.",
+    "replica_gone": "Replica '{replica}' is gone: it ended, or Ray replaced it. /memory/data lists those that run.",
+    "replica_busy": "Replica '{replica}' did not answer within {seconds:g} s: its engine is busy with a long step.",
+    "no_map": "Replica '{replica}' has no map: vLLM's own memory manager is in charge of it (JENGA=0, or a model or "
+    "setting that Jenga leaves to vLLM; the replica's log says which).",
+    "no_page": "Replica '{replica}' has no large page {large}, or vLLM's own memory manager.",
+}
+
+
+def _refused(status: int, code: str, **words: Any) -> Response:
+    """An error in OpenAI's form, like all of this server's."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    message = _WORDS[code].format(seconds=ANSWER_S, **words)
+    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return Response(json.dumps(body), status_code=status, media_type="application/json", headers=_HEADERS)
