@@ -24,6 +24,11 @@ Where a small page comes from, in this order:
 
 Evictable large pages, and cached pages inside one large page, are in exact order of age, which is that of release.
 
+A group may be *wide*: its pages are too big for one large page and lie in several, a part in each.  Such a group takes
+and gives back ``width`` large pages together, and is booked under the first of them, the *lead*: a page is one entry
+in every book, however many parts it has, and its number is that of its part in the lead.  Wherever a step above says
+large page, a wide group has a lead with its companions.
+
 Every operation is O(1) per small page asked, amortised; nothing scans the pool.
 """
 
@@ -54,7 +59,7 @@ class OutOfPagesError(Exception):
 
 @dataclass(frozen=True)
 class GroupUsage:
-    """Small pages of one group by state.  The four add up to ``ratio`` times its `large_pages`."""
+    """Small pages of one group by state.  The last three add up to ``ratio / width`` times its `large_pages`."""
 
     large_pages: int
     live: int
@@ -119,6 +124,7 @@ class _Group:
     __slots__ = (
         "ages",
         "cached_pages",
+        "companions",
         "evicted",
         "live_pages",
         "mask",
@@ -129,10 +135,14 @@ class _Group:
         "partial",
         "ratio",
         "state",
+        "width",
     )
 
-    def __init__(self, ratio: int, large_pages: int) -> None:
+    def __init__(self, ratio: int, width: int, large_pages: int, reserved: int) -> None:
         self.ratio = ratio
+        self.width = width
+        # Of a wide group: the other large pages of every lead; a reserved one is its own.
+        self.companions = {large: (large,) * (width - 1) for large in range(reserved)}
         self.state = bytearray(large_pages * ratio)
         # partial[n]: large pages with n live pages and at least one free slot; bit n of mask: partial[n] is
         # not empty.  So the fullest one is found without a search.
@@ -143,7 +153,7 @@ class _Group:
         self.mixed: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(ratio + 1)]
         self.mixed_mask = 0
         self.open_slots = 0  # small pages, free or cached, of partly live large pages
-        self.owned = 0
+        self.owned = 0  # leads
         self.live_pages = 0
         self.cached_pages = 0
         self.evicted = [0] * len(EVICTION_CAUSES)
@@ -161,11 +171,12 @@ class TwoLevelAllocator:
     """Grants, keeps and evicts small pages.
 
     `large_pages` counts all of them, the first `reserved` included, which are never granted (engines use page 0
-    as the null page).  ``ratios[g]`` is the number of small pages of group ``g`` in a large page.  `on_evict(group,
-    page)` is called whenever a cached page loses its contents to another use.
+    as the null page).  ``ratios[g]`` is the number of small pages of group ``g`` in a large page, ``widths[g]`` the
+    number of large pages that each of them has a part in (default: 1).  `on_evict(group, page)` is called whenever a
+    cached page loses its contents to another use.
 
     Raises:
-        ValueError: no page is left to grant, or a ratio below 1.
+        ValueError: no page is left to grant, a ratio or width below 1, or not one width for every ratio.
     """
 
     def __init__(
@@ -173,18 +184,24 @@ class TwoLevelAllocator:
         large_pages: int,
         ratios: Sequence[int],
         *,
+        widths: Sequence[int] | None = None,
         reserved: int = 1,
         on_evict: EvictCallback | None = None,
     ) -> None:
         if not ratios or min(ratios) < 1:
             raise ValueError(f"ratios must name at least one group, each at least 1: {list(ratios)}")
+        if widths is None:
+            widths = [1] * len(ratios)
+        if len(widths) != len(ratios) or min(widths) < 1:
+            raise ValueError(f"widths must name one for each of the {len(ratios)} groups, at least 1: {list(widths)}")
         if large_pages <= reserved:
             raise ValueError(f"{large_pages} large pages, {reserved} of them reserved: none is left to grant")
         self.large_pages = large_pages
         self.reserved = reserved
         self.ratios = tuple(ratios)
         self._on_evict = on_evict
-        self._groups = [_Group(r, large_pages) for r in ratios]
+        self.widths = tuple(widths)
+        self._groups = [_Group(r, w, large_pages, reserved) for r, w in zip(ratios, widths, strict=True)]
         self._owner = [RESERVED] * reserved + [UNOWNED] * (large_pages - reserved)
         self._live = [0] * large_pages
         # Per large page: its free slots (a stack) and its cached pages with the time each fell out of use.
@@ -193,6 +210,7 @@ class TwoLevelAllocator:
         self._free = list(range(large_pages - 1, reserved - 1, -1))
         # Evictable large pages, with the time the last of their pages fell out of use; oldest first.
         self._evictable: OrderedDict[int, int] = OrderedDict()
+        self._beside = 0  # companions of the evictable ones
         self._expected = [0] * len(ratios)
         self._clock = 0
         self._evicted_large = 0
@@ -203,7 +221,21 @@ class TwoLevelAllocator:
     @property
     def available(self) -> int:
         """Large pages that hold nothing live."""
-        return len(self._free) + len(self._evictable)
+        return len(self._free) + len(self._evictable) + self._beside
+
+    def parts(self, group: int, pages: Sequence[int]) -> list[list[int]]:
+        """Where `pages`, granted or reserved, lie: for each part of them, its small page of the buffer.
+
+        ``parts[i][n]`` is part ``i`` of ``pages[n]``; the first part's numbers are `pages`.
+        """
+        g = self._groups[group]
+        numbers = [list(pages)]
+        if g.width > 1:
+            ratio = g.ratio
+            beside = [g.companions[page // ratio] for page in pages]
+            slots = [page % ratio for page in pages]
+            numbers += ([c[i] * ratio + s for c, s in zip(beside, slots, strict=True)] for i in range(g.width - 1))
+        return numbers
 
     def state(self, group: int, page: int) -> PageState:
         """State of a small page.
@@ -233,11 +265,11 @@ class TwoLevelAllocator:
                         slots -= 1
                         if not self._live[page // ratio]:
                             pinned.add(page // ratio)
-                needed += len(pinned)
+                needed += len(pinned) * group.width
                 slots += len(pinned) * ratio
             short = pages[g] - slots
             if short > 0:
-                needed += -(-short // ratio)
+                needed += -(-short // ratio) * group.width
         return needed
 
     def fits(self, pages: Sequence[int], pins: Sequence[Iterable[int]] = ()) -> bool:
@@ -278,14 +310,14 @@ class TwoLevelAllocator:
             raise PageError(f"cannot allocate {count} small pages of group {group} of {len(self._groups)}")
         g = self._groups[group]
         short = count - g.open_slots
-        if short > 0 and -(-short // g.ratio) > self._spare(group):
+        if short > 0 and -(-short // g.ratio) * g.width > self._spare(group):
             raise OutOfPagesError(
                 f"group {group} asks for {count} small pages: {g.open_slots} slots are open, and {self._spare(group)} "
                 f"large pages of {g.ratio} are available to it ({self.available} less what other groups expect)"
             )
         pages: list[int] = []
         left = count
-        while left >= g.ratio and self._free and self._spare(group) > 0:
+        while left >= g.ratio and len(self._free) >= g.width <= self._spare(group):
             pages.extend(self._grant_whole(group, g))
             left -= g.ratio
         while left > 0:
@@ -340,6 +372,7 @@ class TwoLevelAllocator:
             g.open_slots -= g.ratio - live
             if cached:
                 self._evictable[large] = now
+                self._beside += g.width - 1
             else:
                 self._return_large(g, large)
 
@@ -370,6 +403,7 @@ class TwoLevelAllocator:
             if had_slot:
                 self._unbucket(g, large, 0)
             del self._evictable[large]
+            self._beside -= g.width - 1
             self._return_large(g, large)
         elif not had_slot:
             self._bucket(g, large, live)
@@ -382,10 +416,10 @@ class TwoLevelAllocator:
             large_pages=self.large_pages,
             reserved=self.reserved,
             free=len(self._free),
-            evictable=len(self._evictable),
+            evictable=len(self._evictable) + self._beside,
             groups=tuple(
                 GroupUsage(
-                    large_pages=g.owned,
+                    large_pages=g.owned * g.width,
                     live=g.live_pages,
                     cached=g.cached_pages,
                     stranded=g.owned * g.ratio - g.live_pages - g.cached_pages,
@@ -412,6 +446,11 @@ class TwoLevelAllocator:
         """Group that owns a large page, None if it is free or reserved."""
         return None if self._owner[large] < 0 else self._owner[large]
 
+    def lead(self, large: int) -> int:
+        """The large page under which one is booked: of a wide group the lead, else itself.  O(leads)."""
+        companions = {} if self._owner[large] < 0 else self._groups[self._owner[large]].companions
+        return next((lead for lead, others in companions.items() if large in others), large)
+
     @property
     def clock(self) -> int:
         """The logical clock that `tick` advances."""
@@ -423,10 +462,17 @@ class TwoLevelAllocator:
         The owner of each large page, a signed byte (its group, `UNOWNED` or `RESERVED`), and by group the state of
         each small page.
         """
-        return array("b", self._owner).tobytes(), tuple(bytes(g.state) for g in self._groups)
+        states = []
+        for g in self._groups:
+            state, ratio = bytearray(g.state), g.ratio
+            for lead, others in g.companions.items():
+                for large in others:
+                    state[large * ratio : (large + 1) * ratio] = g.state[lead * ratio : (lead + 1) * ratio]
+            states.append(bytes(state))
+        return array("b", self._owner).tobytes(), tuple(states)
 
     def released(self, large: int) -> dict[int, int]:
-        """The cached small pages of a large page, with the clock when each fell out of use."""
+        """The cached small pages of a large page (of a wide group: a lead), with the clock when each was released."""
         return dict(self._cached[large])
 
     def check(self) -> None:
@@ -438,13 +484,17 @@ class TwoLevelAllocator:
         free = set(self._free)
         assert len(free) == len(self._free), "a large page is twice in the free list"
         for index, g in enumerate(self._groups):
-            owned = [p for p, o in enumerate(self._owner) if o == index]
-            assert g.owned == len(owned), f"group {index}: {g.owned} large pages booked, {len(owned)} owned"
+            owned = {p for p, o in enumerate(self._owner) if o == index}
+            leads = owned & (g.companions.keys() if g.width > 1 else owned)
+            others = [p for lead in leads for p in g.companions.get(lead, ())]
+            assert len(leads) == g.owned, f"group {index}: {g.owned} leads booked, {len(leads)} owned"
+            assert sorted([*leads, *others]) == sorted(owned), f"group {index}: companions are wrong"
+            assert all(len(g.companions[lead]) == g.width - 1 for lead in leads if g.width > 1)
             totals = [0, 0, 0]
             open_slots = 0
             for large in range(self.large_pages):
                 states = g.state[large * g.ratio : (large + 1) * g.ratio]
-                if self._owner[large] != index:
+                if large not in leads:
                     assert not any(states), f"group {index} has pages in large page {large} of {self._owner[large]}"
                     continue
                 live, cached = states.count(PageState.LIVE), states.count(PageState.CACHED)
@@ -468,7 +518,9 @@ class TwoLevelAllocator:
             assert open_slots == g.open_slots, f"group {index}: open slots {g.open_slots}, counted {open_slots}"
             assert g.mask == sum(1 << n for n, bucket in enumerate(g.partial) if bucket), f"group {index}: mask"
             assert g.mixed_mask == sum(1 << n for n, b in enumerate(g.mixed) if b), f"group {index}: mixed mask"
-        owned_total = sum(g.owned for g in self._groups)
+        owned_total = sum(g.owned * g.width for g in self._groups)
+        beside = sum(self._groups[self._owner[large]].width - 1 for large in self._evictable)
+        assert self._beside == beside, f"evictable: {self._beside} companions booked, {beside} there"
         assert owned_total + len(free) + self.reserved == self.large_pages, "large pages lost or doubled"
         stamps = list(self._evictable.values())
         assert stamps == sorted(stamps), "evictable large pages are out of order"
@@ -513,7 +565,7 @@ class TwoLevelAllocator:
             if expected and h != group:
                 short = expected - self._groups[h].open_slots
                 if short > 0:
-                    spare -= -(-short // self._groups[h].ratio)
+                    spare -= -(-short // self._groups[h].ratio) * self._groups[h].width
         return spare
 
     def _bucket(self, g: _Group, large: int, live: int) -> None:
@@ -554,8 +606,10 @@ class TwoLevelAllocator:
 
     def _leave_evictable(self, g: _Group, large: int) -> None:
         """A large page without live pages gets one."""
-        if self._evictable.pop(large, None) is not None and self._cached[large]:
-            self._mix(g, large, self._live[large])
+        if self._evictable.pop(large, None) is not None:
+            self._beside -= g.width - 1
+            if self._cached[large]:
+                self._mix(g, large, self._live[large])
 
     def _return_large(self, g: _Group, large: int) -> None:
         """An owned large page without live or cached pages goes back to the free list."""
@@ -567,6 +621,10 @@ class TwoLevelAllocator:
         self._owner[large] = UNOWNED
         g.owned -= 1
         self._free.append(large)
+        if g.width > 1:
+            for other in g.companions.pop(large):
+                self._owner[other] = UNOWNED
+                self._free.append(other)
 
     def _evict_large(self, large: int) -> None:
         """Empty an evictable large page and put it on the free list."""
@@ -580,13 +638,19 @@ class TwoLevelAllocator:
         g.cached_pages -= len(cached)
         g.evict(_LARGE_PAGE, len(cached), self._clock - self._evictable.pop(large))
         self._cached[large] = {}
-        self._evicted_large += 1
+        self._beside -= g.width - 1
+        self._evicted_large += g.width
         self._return_large(g, large)
 
     def _own(self, index: int, g: _Group) -> int:
         large = self._free.pop()
         self._owner[large] = index
         g.owned += 1
+        if g.width > 1:
+            others = tuple(self._free.pop() for _ in range(g.width - 1))
+            for other in others:
+                self._owner[other] = index
+            g.companions[large] = others
         return large
 
     def _grant_whole(self, index: int, g: _Group) -> range:
@@ -595,21 +659,24 @@ class TwoLevelAllocator:
         g.state[pages.start : pages.stop] = bytes([_LIVE]) * g.ratio
         g.live_pages += g.ratio
         self._live[large] = g.ratio
-        self._whole_grants += 1
+        self._whole_grants += g.width
         return pages
 
     def _grant_shared(self, index: int, g: _Group, count: int) -> list[int]:
-        """Up to `count` small pages of one large page: steps 2 to 6, which would all go on in the page they began."""
+        """Up to `count` small pages of one large page: steps 2 to 6, which would all go on in the page they began.
+
+        Nothing where a large page was evicted, but a wide group needs more.
+        """
         partly_live = g.mask & ~1
         if partly_live:
             fullest = g.partial[partly_live.bit_length() - 1]
             return self._take_slots(g, next(iter(fullest)), count)
         spare = self._spare(index)
         fullest_mixed = next(iter(g.mixed[g.mixed_mask.bit_length() - 1])) if g.mixed_mask else None
-        if fullest_mixed is not None and (spare <= 0 or len(self._free) * SCARCE <= self.large_pages):
+        if fullest_mixed is not None and (spare < g.width or len(self._free) * SCARCE <= self.large_pages):
             return [self._reuse_cached(index, g, fullest_mixed)]
-        assert spare > 0, "allocate has counted the open slots"
-        if self._free:
+        assert spare >= g.width, "allocate has counted the open slots"
+        if len(self._free) >= g.width:
             return self._take_slots(g, self._carve(index, g), count)
         if g.mask:  # a free slot in an evictable page of the group: nothing need be evicted
             return self._take_slots(g, next(iter(g.partial[0])), count)
@@ -617,7 +684,7 @@ class TwoLevelAllocator:
         if self._owner[oldest] == index:  # its other pages can stay cached
             return [self._reuse_cached(index, g, oldest)]
         self._evict_large(oldest)
-        return self._take_slots(g, self._carve(index, g), count)
+        return self._take_slots(g, self._carve(index, g), count) if len(self._free) >= g.width else []
 
     def _carve(self, index: int, g: _Group) -> int:
         large = self._own(index, g)

@@ -1,8 +1,9 @@
-"""How many groups the layers of one type form.
+"""Into how many parts the pages of one layer type are cut.
 
-One group per type needs the fewest block tables.  But the large page is at least as big as the biggest group's page,
-and 72 Mamba states together (300 MB in Falcon-H1-34B) make it slow to come free and cost whole large pages at the
-buffer's edges.  Cut into several groups, each with a part of the layers, the same states fit smaller large pages.
+Whole pages need the fewest block tables.  But the large page is at least as big as the biggest page, and 72 Mamba
+states together (300 MB in Falcon-H1-34B) make it slow to come free and cost whole large pages at the buffer's edges.
+Cut into several parts, each with some of the layers, the same states fit smaller large pages.  The parts of a page are
+granted, cached and evicted together: one group for who keeps the books, one block table each for the kernels.
 `choose_grouping` weighs that against the price of a block table.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from jenga.layout import LayerGroup, Layout, LayoutError, choose_layout
+from jenga.layout import GroupLayout, LayerGroup, Layout, LayoutError, choose_layout
 
 GROUP_COST = 0.005
 """What one more group costs, as a share of the buffer: 0.15 ms of scheduling for 64 requests with arrivals and
@@ -24,13 +25,16 @@ MAX_PARTS = 12
 
 @dataclass(frozen=True)
 class Grouping:
-    """A layout, and into how many groups each type's layers were cut for it."""
+    """A layout with one group for every type, its pages cut into parts."""
 
     layout: Layout
-    parts: tuple[int, ...]
-    """By type; the layout's groups are those of the first type, then of the second, and so on."""
     overhead: float
     """Share of the buffer expected to be padding, stranded, reserved or left over."""
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """By type."""
+        return self.layout.parts
 
 
 def choose_grouping(types: Sequence[LayerGroup], memory_bytes: int, divisible: Sequence[int] | None = None) -> Grouping:
@@ -49,7 +53,7 @@ def choose_grouping(types: Sequence[LayerGroup], memory_bytes: int, divisible: S
         if best is not None and GROUP_COST * sum(parts) >= _cost(best):
             break
         try:
-            candidate = _assess(types, parts, memory_bytes)
+            candidate = grouping(types, parts, memory_bytes)
         except LayoutError as error:  # a finer cut may fit
             refusal = error
             continue
@@ -58,6 +62,24 @@ def choose_grouping(types: Sequence[LayerGroup], memory_bytes: int, divisible: S
     if best is None:
         raise refusal
     return best
+
+
+def grouping(types: Sequence[LayerGroup], parts: Sequence[int], memory_bytes: int) -> Grouping:
+    """The best layout in which the pages of type ``i`` are cut into ``parts[i]``.
+
+    Raises:
+        ValueError: layers that cannot be divided so.
+        jenga.layout.LayoutError: no types, a type without bytes, or too little memory.
+    """
+    layout = choose_layout([g for t, n in zip(types, parts, strict=True) for g in cut(t, n)], memory_bytes)
+    places = iter(layout.groups)
+    whole = []
+    for kind, count in zip(types, parts, strict=True):
+        first, *others = (next(places) for _ in range(count))
+        assert all((p.ratio, p.stride) == (first.ratio, first.stride) for p in others), "equal parts, equal places"
+        whole.append(GroupLayout(kind, first.ratio, first.stride * count, count))
+    layout = replace(layout, groups=tuple(whole))
+    return Grouping(layout, layout.expected_padding + layout.expected_stranded)
 
 
 def cut(group: LayerGroup, parts: int) -> list[LayerGroup]:
@@ -87,8 +109,3 @@ def _cost(grouping: Grouping) -> float:
 
 def _divisors(number: int) -> Iterator[int]:
     return (parts for parts in range(1, min(number, MAX_PARTS) + 1) if number % parts == 0)
-
-
-def _assess(types: Sequence[LayerGroup], parts: Sequence[int], memory_bytes: int) -> Grouping:
-    layout = choose_layout([g for t, n in zip(types, parts, strict=True) for g in cut(t, n)], memory_bytes)
-    return Grouping(layout, tuple(parts), layout.expected_padding + layout.expected_stranded)

@@ -52,11 +52,21 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Where a group's small pages lie: page ``s`` starts at byte ``s * stride``, `ratio` of them in a large page."""
+    """Where a group's small pages lie: page ``s`` starts at byte ``s * stride``, `ratio` of them in a large page.
+
+    Pages too big for one large page are cut into `parts` with as many layers each, that lie in a large page each: a
+    part with number ``s`` starts at byte ``s * part_stride``, and `stride` is what all parts of a page take.
+    """
 
     group: LayerGroup
     ratio: int
     stride: int
+    parts: int = 1
+
+    @property
+    def part_stride(self) -> int:
+        """Bytes from one part of a page to the next in the same large page."""
+        return self.stride // self.parts
 
     @property
     def padding(self) -> int:
@@ -81,6 +91,11 @@ class Layout:
         """Small pages per large page, by group."""
         return tuple(g.ratio for g in self.groups)
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Large pages that a small page lies in, by group."""
+        return tuple(g.parts for g in self.groups)
+
     def large_pages(self, memory_bytes: int) -> int:
         """Large pages that fit in `memory_bytes`."""
         return memory_bytes // self.large_page_bytes
@@ -88,7 +103,7 @@ class Layout:
     def bytes_needed(self, tokens: int) -> int:
         """Bytes of whole large pages that one sequence of `tokens` tokens needs if it shares with nobody."""
         return self.large_page_bytes * sum(
-            -(-g.group.policy.pages_needed(tokens, g.group.page_tokens) // g.ratio) for g in self.groups
+            -(-g.group.policy.pages_needed(tokens, g.group.page_tokens) // g.ratio) * g.parts for g in self.groups
         )
 
 

@@ -32,10 +32,12 @@ def books(pool):
 
 class Model:
     """What the module's docstring promises.  ``pages[g][s]`` is LIVE, or the time at which cached page s was released;
-    free pages are not in it."""
+    free pages are not in it.  ``beside[g][n]`` are the companions of large page n, the lead of a group."""
 
-    def __init__(self, large_pages, ratios, reserved):
+    def __init__(self, large_pages, ratios, reserved, widths=None):
         self.large_pages, self.ratios, self.reserved = large_pages, ratios, reserved
+        self.widths = widths or [1] * len(ratios)
+        self.beside = [{} for _ in ratios]
         self.pages = [{} for _ in ratios]
         self.clock = 0
         self.expected = [0] * len(ratios)
@@ -53,11 +55,18 @@ class Model:
         return [n for n in self.owned(g) if LIVE in self.inside(g, n).values()]
 
     def free_large(self):
-        taken = {n for g in range(len(self.ratios)) for n in self.owned(g)}
+        taken = {n for g in range(len(self.ratios)) for n in self.taken(g)}
         return set(range(self.reserved, self.large_pages)) - taken
 
+    def taken(self, g):
+        """Its leads and their companions."""
+        return {n for lead in self.owned(g) for n in (lead, *self.beside[g][lead])}
+
+    def evictable_large(self):
+        return sum(1 + len(beside[n]) for n, _ in self.evictable for beside in self.beside if n in beside)
+
     def available(self):
-        return len(self.free_large()) + len(self.evictable)
+        return len(self.free_large()) + self.evictable_large()
 
     def open_slots(self, g):
         r = self.ratios[g]
@@ -67,7 +76,7 @@ class Model:
         spare = self.available()
         for h, ratio in enumerate(self.ratios):
             if h != g:
-                spare -= -(-max(0, self.expected[h] - self.open_slots(h)) // ratio)
+                spare -= -(-max(0, self.expected[h] - self.open_slots(h)) // ratio) * self.widths[h]
         return spare
 
     def needed(self, wants, pins):
@@ -79,7 +88,7 @@ class Model:
                     twin.set(g, s, LIVE)
         taken = self.available() - twin.available()
         return taken + sum(
-            -(-max(0, want - twin.open_slots(g)) // ratio)
+            -(-max(0, want - twin.open_slots(g)) // ratio) * self.widths[g]
             for (g, ratio), want in zip(enumerate(self.ratios), wants, strict=True)
         )
 
@@ -102,6 +111,8 @@ class Model:
             self.evictable.append((large, self.clock))
         elif listed and (alive or not after):
             self.evictable = [e for e in self.evictable if e[0] != large]
+        if not now:
+            self.beside[g].pop(large, None)
 
     def mixed(self, g):
         """The partly live large pages with something cached, with the live pages in each."""
@@ -117,44 +128,62 @@ class Model:
         """Cached pages keep the order in which they were released (insertion order of the dict)."""
         return next(s for s, t in self.pages[g].items() if t != LIVE and s // self.ratios[g] == large)
 
-    def grant(self, g, pages, events):
-        """Follow the steps of the docstring and check that `pages` and the evictions are what they say."""
-        ratio = self.ratios[g]
-        left = list(pages)
-        while len(left) >= ratio and self.free_large() and self.spare(g) > 0:
-            large = left[0] // ratio
-            assert large in self.free_large(), "step 1: not a free large page"
+    def own(self, g, large, parts, step):
+        """Take a free large page, and as many companions as the group is wide: their parts must be free as well."""
+        here = [part // self.ratios[g] for part in parts]
+        assert here[0] == large, f"step {step}: the first part is the page itself"
+        assert len(here) == len(set(here)) == self.widths[g], f"step {step}: a part in each of as many large pages"
+        assert set(here) <= self.free_large(), f"step {step}: not a free large page"
+        self.beside[g][large] = tuple(here[1:])
+
+    def grant(self, g, pages, parts, events):
+        """Follow the steps of the docstring and check that `pages`, each with its `parts`, and the evictions are what
+        they say."""
+        ratio, width = self.ratios[g], self.widths[g]
+        left = list(zip(pages, parts, strict=True))
+        while len(left) >= ratio and len(self.free_large()) >= width <= self.spare(g):
+            large = left[0][0] // ratio
+            self.own(g, large, left[0][1], step=1)
             for s in range(large * ratio, large * ratio + ratio):
-                assert left.pop(0) == s, "step 1: not the whole large page"
+                assert left.pop(0)[0] == s, "step 1: not the whole large page"
                 self.set(g, s, LIVE)
-        for s in left:
-            large = s // ratio
-            with_slot = [n for n in self.owned(g) if len(self.inside(g, n)) < ratio]
-            live = {n: list(self.inside(g, n).values()).count(LIVE) for n in with_slot}
-            if any(live.values()):
-                assert live.get(large) == max(live.values()), "step 2: not a slot of the fullest"
-            elif self.mixed(g) and (len(self.free_large()) * SCARCE <= self.large_pages or self.spare(g) <= 0):
-                mixed = self.mixed(g)
-                assert mixed.get(large) == max(mixed.values()), "step 3: not the fullest with something cached"
-                self.evict(g, self.first_cached(g, large), events)
-            elif self.free_large():
-                assert large in self.free_large(), "step 4: not a free large page"
-            elif with_slot:
-                assert large in with_slot, "step 5: not an evictable large page of the group with a free slot"
-            else:
-                self.expect_eviction(g, large, events)
+        for s, where in left:
+            self.share(g, s, where, events)
             assert s not in self.pages[g], f"page {s} of group {g} was granted twice"
             self.set(g, s, LIVE)
+        for s, where in zip(pages, parts, strict=True):
+            expected = [n * ratio + s % ratio for n in (s // ratio, *self.beside[g][s // ratio])]
+            assert list(where) == expected, f"the parts of page {s} lie elsewhere"
         assert not events, f"evicted without need: {events}"
         self.expected[g] = max(0, self.expected[g] - len(pages))
 
-    def expect_eviction(self, g, large, events):
-        oldest, _ = self.evictable[0]
-        owner = next(h for h in range(len(self.ratios)) if oldest in self.owned(h))
-        victims = [s for s, _ in self.pages[owner].items() if s // self.ratios[owner] == oldest]
-        for s in victims[:1] if owner == g else victims:
-            self.evict(owner, s, events)
-        assert large == oldest, "step 6: not the large page that has been evictable longest"
+    def share(self, g, s, parts, events):
+        ratio, width = self.ratios[g], self.widths[g]
+        large = s // ratio
+        with_slot = [n for n in self.owned(g) if len(self.inside(g, n)) < ratio]
+        live = {n: list(self.inside(g, n).values()).count(LIVE) for n in with_slot}
+        if any(live.values()):
+            assert live.get(large) == max(live.values()), "step 2: not a slot of the fullest"
+        elif self.mixed(g) and (len(self.free_large()) * SCARCE <= self.large_pages or self.spare(g) < width):
+            mixed = self.mixed(g)
+            assert mixed.get(large) == max(mixed.values()), "step 3: not the fullest with something cached"
+            self.evict(g, self.first_cached(g, large), events)
+        elif len(self.free_large()) >= width:
+            self.own(g, large, parts, step=4)
+        elif with_slot:
+            assert large in with_slot, "step 5: not an evictable large page of the group with a free slot"
+        else:
+            oldest, _ = self.evictable[0]
+            owner = next(h for h in range(len(self.ratios)) if oldest in self.owned(h))
+            victims = [v for v, _ in self.pages[owner].items() if v // self.ratios[owner] == oldest]
+            companions = self.beside[owner][oldest]
+            for v in victims[:1] if owner == g else victims:
+                self.evict(owner, v, events)
+            if owner != g:
+                self.share(g, s, parts, events)  # a wide group may need another
+                return
+            self.beside[g][oldest] = companions
+            assert large == oldest, "step 6: not the large page that has been evictable longest"
 
 
 def allocate_all(pool, order, wants):
@@ -169,13 +198,15 @@ class AllocatorMachine(RuleBasedStateMachine):
         large_pages=st.integers(2, 6),
         ratios=st.lists(st.sampled_from([3, 4, 2, 1]), min_size=1, max_size=3),
         reserved=st.integers(0, 1),
+        widths=st.lists(st.sampled_from([1, 1, 2, 3]), min_size=3, max_size=3),
     )
-    def start(self, large_pages, ratios, reserved):
+    def start(self, large_pages, ratios, reserved, widths):
         self.events = events = []
+        widths = widths[: len(ratios)]
         self.pool = self.pool_class(
-            large_pages, ratios, reserved=reserved, on_evict=lambda g, page: events.append((g, page))
+            large_pages, ratios, widths=widths, reserved=reserved, on_evict=lambda g, page: events.append((g, page))
         )
-        self.model = Model(large_pages, ratios, reserved)
+        self.model = Model(large_pages, ratios, reserved, widths)
 
     def group(self, data):
         return data.draw(st.integers(0, len(self.model.ratios) - 1), label="group")
@@ -193,12 +224,12 @@ class AllocatorMachine(RuleBasedStateMachine):
     def grant(self, g, count):
         pages = self.pool.allocate(g, count)
         assert len(pages) == len(set(pages)) == count
-        self.model.grant(g, pages, self.events)
+        self.model.grant(g, pages, list(zip(*self.pool.parts(g, pages), strict=True)), self.events)
 
     @rule(data=st.data())
     def allocate(self, data):
         g = self.group(data)
-        most = self.model.open_slots(g) + max(0, self.model.spare(g)) * self.model.ratios[g]
+        most = self.model.open_slots(g) + max(0, self.model.spare(g)) // self.model.widths[g] * self.model.ratios[g]
         free = (len(self.model.free_large()) + 1) * self.model.ratios[g]
         # Few pages, all that is free and something beyond, or more than there is.
         few = st.integers(0, 3)
@@ -330,7 +361,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         if not hasattr(self, "pool"):
             return
         model, pool = self.model, self.pool
-        owners = [set(model.owned(g)) for g in range(len(model.ratios))]
+        owners = [model.taken(g) for g in range(len(model.ratios))]
         assert sum(map(len, owners)) == len(set().union(*owners)), "two groups share a large page"
         for g, ratio in enumerate(model.ratios):
             for s in range(model.large_pages * ratio):
@@ -351,11 +382,14 @@ class AllocatorMachine(RuleBasedStateMachine):
         expected[: model.reserved] = [RESERVED] * model.reserved
         for g, ratio in enumerate(model.ratios):
             assert len(states[g]) == model.large_pages * ratio
+            leads = {n: lead for lead in model.owned(g) for n in (lead, *model.beside[g][lead])}
             for s, state in enumerate(states[g]):
-                stamp = model.pages[g].get(s)
+                stamp = model.pages[g].get(leads.get(s // ratio, s // ratio) * ratio + s % ratio)
                 assert state == (0 if stamp is None else 1 if stamp == LIVE else 2), f"page {s} of group {g}"
-            for large in model.owned(g):
+            for large, lead in leads.items():
                 expected[large] = g
+                assert pool.lead(large) == lead, f"lead of large page {large}"
+            for large in model.owned(g):
                 cached = {s: t for s, t in model.inside(g, large).items() if t != LIVE}
                 assert pool.released(large) == cached, f"last uses in large page {large}"
         assert list(memoryview(owners).cast("b")) == expected
@@ -367,13 +401,13 @@ class AllocatorMachine(RuleBasedStateMachine):
             return
         model, usage = self.model, self.pool.usage()
         assert self.pool.available == usage.free + usage.evictable == model.available()
-        assert (usage.free, usage.evictable) == (len(model.free_large()), len(model.evictable))
+        assert (usage.free, usage.evictable) == (len(model.free_large()), model.evictable_large())
         assert usage.free + usage.reserved + sum(g.large_pages for g in usage.groups) == usage.large_pages
         for g, (ratio, group) in enumerate(zip(model.ratios, usage.groups, strict=True)):
             assert group.live == len(self.pages_in(g, PageState.LIVE))
             assert group.cached == len(self.pages_in(g, PageState.CACHED))
-            assert group.live + group.cached + group.stranded == ratio * group.large_pages
-            assert group.large_pages == len(model.owned(g))
+            assert (group.live + group.cached + group.stranded) * model.widths[g] == ratio * group.large_pages
+            assert group.large_pages == len(model.taken(g))
         assert self.pool.counters().evicted_pages == tuple(model.evicted)
 
     @invariant()
@@ -506,6 +540,45 @@ class SwallowsBadRuns(TwoLevelAllocator):
         return super()._require_run(group, pages[:1])
 
 
+class LosesCompanions(TwoLevelAllocator):
+    def _return_large(self, g, large):
+        others = g.companions.get(large, ())
+        super()._return_large(g, large)
+        if others:
+            self._free.remove(others[-1])
+
+
+class SharesCompanions(TwoLevelAllocator):
+    """A second lead gets the companions of the first."""
+
+    def _own(self, index, g):
+        taken = next(iter(g.companions.values()), None)
+        large = super()._own(index, g)
+        if taken and taken[0] >= self.reserved:
+            g.companions[large] = taken
+        return large
+
+
+class CountsCompanionsAsGone(TwoLevelAllocator):
+    """Evictable large pages count as one each, however wide the group."""
+
+    @property
+    def available(self):
+        return len(self._free) + len(self._evictable)
+
+
+class NeedsOneLargePageEach(TwoLevelAllocator):
+    def large_pages_needed(self, pages, pins=()):
+        widths = [g.width for g in self._groups]
+        for g in self._groups:
+            g.width = 1
+        try:
+            return super().large_pages_needed(pages, pins)
+        finally:
+            for g, width in zip(self._groups, widths, strict=True):
+                g.width = width
+
+
 class EvictsBeforeItMust(TwoLevelAllocator):
     def _grant_shared(self, index, g, count):
         if g.mixed_mask:
@@ -532,6 +605,10 @@ MUTANTS = [
     TakesRunsBackwards,
     CountsARunAsOne,
     SwallowsBadRuns,
+    LosesCompanions,
+    SharesCompanions,
+    CountsCompanionsAsGone,
+    NeedsOneLargePageEach,
     EvictsBeforeItMust,
 ]
 
@@ -551,7 +628,7 @@ def test_the_model_finds_the_fault(mutant):
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    broken = (AssertionError, KeyError, IndexError, OutOfPagesError, PageError, pytest.fail.Exception)
+    broken = (AssertionError, KeyError, IndexError, ValueError, OutOfPagesError, PageError, pytest.fail.Exception)
     with pytest.raises(broken):
         run_state_machine_as_test(machine, settings=thorough)
 

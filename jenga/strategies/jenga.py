@@ -29,20 +29,15 @@ def plan(model: str, types: Sequence[LayerType], memory_bytes: int, workload: Wo
     except LayoutError as error:
         raise PlanError(f"{model}, strategy {NAME}: {error} (--tp)") from None
     layout = grouping.layout
-    contents = tuple(
-        tuple(Share(s.type, s.layers // parts) for s in shares)
-        for shares, parts in zip(merged, grouping.parts, strict=True)
-        for _ in range(parts)
-    )
     units = layout.large_pages(memory_bytes)
-    require_pages(NAME, model, memory_bytes, layout.large_page_bytes, units, len(contents) + 1)
+    require_pages(NAME, model, memory_bytes, layout.large_page_bytes, units, sum(layout.parts) + 1)
     return Plan(
         strategy=NAME,
         model=model,
         memory_bytes=memory_bytes,
         layout=layout,
-        contents=contents,
-        shape=TwoLevel(units, layout.ratios),
+        contents=tuple(merged),
+        shape=TwoLevel(units, layout.ratios, widths=layout.parts),
         explanation=_explain(whole, grouping),
     )
 
@@ -61,7 +56,7 @@ def _merge(types: Sequence[LayerType]) -> list[tuple[Share, ...]]:
 
 def _explain(types: Sequence[LayerGroup], grouping: Grouping) -> str:
     layout = grouping.layout
-    cuts = [f"{t.name} in {n} groups" for t, n in zip(types, grouping.parts, strict=True) if n > 1]
+    cuts = [f"{t.name} in {n} parts" for t, n in zip(types, grouping.parts, strict=True) if n > 1]
     ratios = ":".join(str(r) for r in dict.fromkeys(layout.ratios))
     return (
         f"large pages of {layout.large_page_bytes} bytes ({layout.reason}), pages in each {ratios}"

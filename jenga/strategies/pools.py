@@ -89,24 +89,29 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class TwoLevel:
-    """Large pages that any group may take and cut into ``ratios[g]`` pages; the first `reserved` are the null page."""
+    """Large pages that any group may take and cut into ``ratios[g]`` pages; the first `reserved` are the null page.
+
+    A page of group ``g`` has a part in each of ``widths[g]`` large pages (default: 1).
+    """
 
     units: int
     ratios: tuple[int, ...]
     reserved: int = 1
+    widths: tuple[int, ...] | None = None
 
     @property
     def divided_into(self) -> str:
         return "large pages"
 
     def build(self, on_evict: EvictCallback | None = None) -> Pool:
-        return TwoLevelAllocator(self.units, self.ratios, reserved=self.reserved, on_evict=on_evict)
+        return TwoLevelAllocator(self.units, self.ratios, widths=self.widths, reserved=self.reserved, on_evict=on_evict)
 
     def holds(self, pages: Sequence[int]) -> bool:
         return sum(self.owned(pages)) <= self.units - self.reserved
 
     def owned(self, pages: Sequence[int]) -> list[int]:
-        return [-(-count // ratio) for count, ratio in zip(pages, self.ratios, strict=True)]
+        widths = self.widths or (1,) * len(self.ratios)
+        return [-(-count // r) * w for count, r, w in zip(pages, self.ratios, widths, strict=True)]
 
 
 @dataclass(frozen=True)

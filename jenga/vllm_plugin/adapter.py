@@ -123,6 +123,7 @@ def install() -> None:
         events,
         hybrid_blocks,
         memory_map,
+        parts,
         planning,
         states,
         steady,
@@ -143,6 +144,7 @@ def install() -> None:
     hybrid_blocks.install()
     checkpoints.install()
     states.install()
+    parts.install()
     steady.install()
     worker.install_scheduler_side()
     if current_platform.is_cpu():

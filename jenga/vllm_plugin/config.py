@@ -23,14 +23,17 @@ class CheckpointOptions:
 
 @dataclass
 class JengaGroupSpec(KVCacheGroupSpec):
-    """A vLLM layer group with its place in the two-level geometry.
+    """A vLLM layer group, which is a part of a layer type's pages, with its place in the two-level geometry.
 
     Every group repeats the layout, so that a list of groups plans the same way in every process.
     """
 
     layout: Layout = field(kw_only=True)
     index: int = field(kw_only=True)
-    """Number of the group in the layout."""
+    """Number of the layer type in the layout."""
+    part: int = field(default=0, kw_only=True)
+    """Which part of the type's pages.  In a list of groups the first parts of all types stand first, so that a type
+    and its first group have the same number; the other parts follow, type by type."""
 
     @property
     def place(self) -> GroupLayout:
@@ -50,8 +53,8 @@ class JengaKVCacheConfig(KVCacheConfig):
 
     @cached_property
     def ratios(self) -> tuple[int, ...]:
-        """Small pages per large page, by group."""
-        return self.layout.ratios
+        """Small pages per large page, by vLLM group."""
+        return tuple(g.place.ratio for g in self.jenga_groups)
 
     @property
     def layout(self) -> Layout:

@@ -28,6 +28,7 @@ from jenga.hits import GroupCache, Hit, longest_common_hit
 from jenga.metrics.engine import HitTotals
 from jenga.vllm_plugin.checkpoints import Checkpoints, Kept
 from jenga.vllm_plugin.config import JengaKVCacheConfig
+from jenga.vllm_plugin.parts import PartIds
 from jenga.vllm_plugin.pool import GroupPool, SharedPool
 from jenga.vllm_plugin.states import StateManager
 from jenga.vllm_plugin.steady import Marks, is_steady
@@ -50,9 +51,17 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
     def adopt(self) -> None:
         """Give every manager a pool on the shared allocator.  Called once, after vLLM's own constructor."""
         config, template = self.kv_cache_config, self.block_pool
-        self.allocator = TwoLevelAllocator(config.num_blocks, config.ratios, on_evict=self._evicted)
+        layout = config.layout
+        self.allocator = TwoLevelAllocator(
+            config.num_blocks, layout.ratios, widths=layout.parts, on_evict=self._evicted
+        )
+        self.part_ids = PartIds(self.allocator)
+        # One manager per layer type keeps the books of all parts of its pages.
+        types = len(layout.groups)
+        self.single_type_managers = self.single_type_managers[:types]
+        self.group_block_sizes = self.group_block_sizes[:types]
         shared = SharedPool(self.allocator, template)
-        self.pools = tuple(GroupPool(self.allocator, g, template, shared.events) for g in range(len(config.ratios)))
+        self.pools = tuple(GroupPool(self.allocator, g, template, shared.events) for g in range(types))
         shared.pools = self.pools
         self.block_pool = shared
         for manager, pool in zip(self.single_type_managers, self.pools, strict=True):
@@ -64,7 +73,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         self._reused = [0] * len(self.pools)
         self._needs: tuple[str, list[int]] | None = None
         self._giving_up: list[StateManager] = []  # whose kept states the latest needs let be overwritten
-        self._policies = tuple(g.group.policy for g in config.layout.groups)
+        self._policies = tuple(g.group.policy for g in layout.groups)
         self._steady = not self.eagle_group_ids and all(map(is_steady, self.single_type_managers))
         self.marks: dict[str, Marks] = {}
         self._first_needed = [
@@ -261,10 +270,9 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
 
     def take_new_block_ids(self) -> list[int]:
         """Pages to zero, of all groups in one list: group ``g``'s ids are raised by ``id_offsets[g]``."""
+        ids = self.part_ids([manager.take_new_block_ids() for manager in self.single_type_managers])
         return [
-            offset + page
-            for manager, offset in zip(self.single_type_managers, self.kv_cache_config.id_offsets, strict=True)
-            for page in manager.take_new_block_ids()
+            offset + page for pages, offset in zip(ids, self.kv_cache_config.id_offsets, strict=True) for page in pages
         ]
 
     # -- debugging ------------------------------------------------------------------------------------------
@@ -306,7 +314,6 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_partial_hash_hits": False})
         self.adopt()
-        self.verify_and_split_kv_cache_groups()
         managers = self.single_type_managers
         self._states = [g for g, m in enumerate(managers) if isinstance(m, StateManager)]
         for group in self._states:
@@ -317,7 +324,8 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
             if g not in self._states and policy.resident_from(FAR, m.block_size) > 0
         ]
         self._answers = 0  # running requests with states kept for the end of their answer
-        self._state_pages = sum(1 / self.kv_cache_config.ratios[g] for g in self._states)  # large pages of one's states
+        places = self.kv_cache_config.layout.groups
+        self._state_pages = sum(places[g].parts / places[g].ratio for g in self._states)  # large pages of one's states
         options = self.kv_cache_config.checkpoints
         self.checkpoints = Checkpoints(options, self.scheduler_block_size, self.hash_block_size)
 

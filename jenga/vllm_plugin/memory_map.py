@@ -65,8 +65,9 @@ def large_page(coordinator: JengaCoordinator, scheduler: Any, large: int, now: f
         return LargePage(large, "free", None, ())
     place = coordinator.kv_cache_config.layout.groups[group]
     pool, manager, size = coordinator.pools[group], coordinator.single_type_managers[group], place.group.page_tokens
-    released = allocator.released(large)
-    numbers = range(large * place.ratio, (large + 1) * place.ratio)
+    lead = allocator.lead(large)  # a page in several parts is booked under the first
+    released = allocator.released(lead)
+    numbers = range(lead * place.ratio, (lead + 1) * place.ratio)
     states = {page: allocator.state(group, page) for page in numbers}
     held = _holders(manager, pool, [page for page, state in states.items() if state is PageState.LIVE])
 

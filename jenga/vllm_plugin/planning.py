@@ -68,7 +68,7 @@ class Planner:
     def get_kv_cache_groups(
         self, vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]
     ) -> list[KVCacheGroupSpec]:
-        """One group per layer type with its exact place in the large page, or vLLM's own groups."""
+        """The parts of every layer type with their exact places in large pages, or vLLM's own groups."""
         if not kv_cache_spec:
             return self._vllm.get_kv_cache_groups(vllm_config, kv_cache_spec)
         obstacle = config_obstacle(vllm_config) or spec_obstacle(kv_cache_spec)
@@ -82,17 +82,20 @@ class Planner:
             grouping = choose_grouping(describe(groups), self._memory, [divisible(g) for g in groups])
         except LayoutError as error:
             raise ValueError(f"{error}: raise kv_cache_memory_bytes (or gpu_memory_utilization)") from None
-        cuts = [part for group, parts in zip(groups, grouping.parts, strict=True) for part in cut(group, parts)]
-        return [
+        made = [
             JengaGroupSpec(
-                group.layer_names,
-                group.kv_cache_spec,
-                role=states.role_of(group.kv_cache_spec),
+                piece.layer_names,
+                piece.kv_cache_spec,
+                role=states.role_of(piece.kv_cache_spec),
                 layout=grouping.layout,
                 index=index,
+                part=part,
             )
-            for index, group in enumerate(cuts)
+            for index, (group, parts) in enumerate(zip(groups, grouping.parts, strict=True))
+            for part, piece in enumerate(cut(group, parts))
         ]
+        made.sort(key=lambda g: g.part > 0)  # first parts first; the sort is stable
+        return list(made)
 
     def pool_bytes_per_block(self, vllm_config: VllmConfig, kv_cache_groups: list[KVCacheGroupSpec]) -> int:
         """Bytes of the unit that `num_blocks` counts: the large page."""
@@ -149,7 +152,7 @@ class Planner:
                         size=num_blocks * large,
                         layers=names,
                         layer_stride=spec.page_size_bytes,
-                        block_stride=group.place.stride,
+                        block_stride=group.place.part_stride,
                         offset=offset,
                     )
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_coordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -23,11 +25,11 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
-from jenga.layout import choose_layout
-from jenga.vllm_plugin import states, steady
+from jenga.grouping import grouping
+from jenga.vllm_plugin import parts, states, steady
 from jenga.vllm_plugin.config import JengaGroupSpec, JengaKVCacheConfig
 from jenga.vllm_plugin.coordinator import replacement
-from jenga.vllm_plugin.groups import describe
+from jenga.vllm_plugin.groups import cut, describe
 from jenga.vllm_plugin.states import StateManager, role_of
 
 PAGE = 8
@@ -56,26 +58,42 @@ MODELS: dict[str, list[KVCacheSpec]] = {
     "chunks": [full(), chunked(28), window(15)],
     "states": [full(), state(), window(18)],
     "other pages": [full(2 * PAGE), window(12), window(42, 4 * PAGE)],
+    "parts": [full(), state(), window(18)],
 }
+PARTS = {"parts": (2, 3, 1)}
 
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What adapter and engine do once per process."""
     monkeypatch.setattr(KVCacheManager, "__init__", KVCacheManager.__init__)  # restored afterwards
+    monkeypatch.setattr(EngineCore, "get_kv_cache_group_metadata", EngineCore.get_kv_cache_group_metadata)
+    parts.install()
     steady.install()
     states.install()
     init_none_hash(sha256)
 
 
-def manager(specs: list[KVCacheSpec], monkeypatch: pytest.MonkeyPatch, caching: bool, sparse: bool) -> KVCacheManager:
-    groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate(specs)]
-    memory = sum(14 * spec.page_size_bytes if isinstance(spec, MambaSpec) else 28_000 // len(specs) for spec in specs)
-    layout = choose_layout(describe(groups), memory)
-    placed = [
-        JengaGroupSpec(g.layer_names, g.kv_cache_spec, role=role_of(g.kv_cache_spec), layout=layout, index=i)
-        for i, g in enumerate(groups)
+def manager(name: str, monkeypatch: pytest.MonkeyPatch, caching: bool, sparse: bool) -> KVCacheManager:
+    specs = MODELS[name]
+    counts = PARTS.get(name, (1,) * len(specs))
+    groups = [
+        KVCacheGroupSpec([f"layer.{i}.{part}" for part in range(count)], spec)
+        for i, (spec, count) in enumerate(zip(specs, counts, strict=True))
     ]
+    memory = sum(
+        count * (14 * spec.page_size_bytes if isinstance(spec, MambaSpec) else 28_000 // len(specs))
+        for spec, count in zip(specs, counts, strict=True)
+    )
+    layout = grouping(describe(groups), counts, memory).layout
+    placed = [
+        JengaGroupSpec(
+            piece.layer_names, piece.kv_cache_spec, role=role_of(g.kv_cache_spec), layout=layout, index=i, part=part
+        )
+        for i, (g, count) in enumerate(zip(groups, counts, strict=True))
+        for part, piece in enumerate(cut(g, count))
+    ]
+    placed.sort(key=lambda g: g.part > 0)
     config = JengaKVCacheConfig(
         memory // layout.large_page_bytes, [], list(placed), prefix_cache_retention_interval=0 if sparse else None
     )
@@ -102,10 +120,12 @@ class Running:
 class Twins:
     """A little scheduler over two managers: chunked prefill, steps in flight, preemption, ends, prefix hits."""
 
-    def __init__(self, specs: list[KVCacheSpec], monkeypatch: pytest.MonkeyPatch, caching: bool, seed: int) -> None:
+    def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch, caching: bool, seed: int) -> None:
+        specs = MODELS[name]
         self.random = random.Random(seed)
         sparse = seed % 2 == 0  # windows and states are kept at few lengths only
-        self.managers = (manager(specs, monkeypatch, caching, sparse), manager(specs, monkeypatch, caching, sparse))
+        self.managers = (manager(name, monkeypatch, caching, sparse), manager(name, monkeypatch, caching, sparse))
+        self.told: dict[str, tuple[list[int], ...]] = {}  # block tables of the workers, by vLLM group
         self.aligned = any(isinstance(s, MambaSpec) for s in specs)
         self.align = max(s.block_size for s in specs)
         self.hasher = get_request_block_hasher(PAGE, sha256)
@@ -171,11 +191,20 @@ class Twins:
         if None in granted:
             assert granted == [None, None]
             return False
+        self.tell(entry.requests[0], granted[0], first)
         self.hits += hit
         for request in entry.requests:
             request.num_computed_tokens += hit + count
             request.num_in_flight_tokens += count
         return True
+
+    def tell(self, request: Request, granted: Any, first: bool) -> None:
+        """What the scheduler sends to the workers: all ids of a request that begins, then the new ones."""
+        if first:
+            self.told[request.request_id] = self.managers[0].get_block_ids(request.request_id)
+        else:
+            for table, new in zip(self.told[request.request_id], granted.get_block_ids() or (), strict=True):
+                table.extend(new)
 
     def step(self) -> None:
         for m in self.managers:
@@ -231,6 +260,25 @@ class Twins:
         for mine, theirs in zip(one.pools, other.pools, strict=True):
             assert [b.block_hash for b in mine.blocks] == [b.block_hash for b in theirs.blocks]
         assert one.hits == other.hits
+        self.compare_tables(one)
+
+    def compare_tables(self, coordinator: Any) -> None:
+        """Workers know where every page is that a request holds, and no two pages overlap in the buffer."""
+        config = coordinator.kv_cache_config
+        held: dict[tuple[int, int], tuple[int, int]] = {}
+        for entry in self.running:
+            request_id = entry.requests[0].request_id
+            tables = self.managers[0].get_block_ids(request_id)
+            assert len(tables) == len(config.kv_cache_groups)
+            for number, (group, table) in enumerate(zip(config.jenga_groups, tables, strict=True)):
+                told = self.told[request_id][number]
+                assert [page and told[i] for i, page in enumerate(table)] == table
+                kinds = [coordinator.pools[group.index].blocks[p] for p in tables[group.index]]
+                assert [block.is_null for block in kinds] == [page == 0 for page in table]
+                for page in filter(None, table):
+                    large, slot = divmod(page, group.place.ratio)
+                    assert coordinator.allocator.owner(large) == group.index
+                    assert held.setdefault((large, slot), (number, page)) == (number, page), "two pages in one place"
 
 
 @pytest.mark.parametrize("caching", [True, False], ids=["caching", "no caching"])
@@ -238,7 +286,7 @@ class Twins:
 def test_skipping_changes_nothing(name: str, caching: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     skipped = preempted = hits = 0
     for seed in range(5):
-        twins = Twins(MODELS[name], monkeypatch, caching, seed)
+        twins = Twins(name, monkeypatch, caching, seed)
         twins.play(steps=200)
         skipped += twins.steps[1] - twins.steps[0]
         preempted += twins.preempted
@@ -246,6 +294,25 @@ def test_skipping_changes_nothing(name: str, caching: bool, monkeypatch: pytest.
     assert skipped > 100
     assert preempted > 0
     assert (hits > 0) is caching
+
+
+def test_parts_in_one_place_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told the first part's ids for every part, workers would write all into the same memory."""
+
+    def first_only(self: Any, ids: list[list[int]]) -> tuple[list[int], ...]:
+        return (*ids, *([*ids[group]] for group in self._wide for _ in range(PARTS["parts"][group] - 1)))
+
+    monkeypatch.setattr(parts.PartIds, "__call__", first_only)
+    with pytest.raises(AssertionError, match="two pages in one place"):
+        Twins("parts", monkeypatch, caching=True, seed=0).play(steps=200)
+
+
+def test_readers_of_events_are_told_of_types_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    managed = manager("parts", monkeypatch, caching=True, sparse=True)
+    core = SimpleNamespace(scheduler=SimpleNamespace(kv_cache_manager=managed, kv_cache_config=managed.kv_cache_config))
+    told = EngineCore.get_kv_cache_group_metadata(core)
+    assert [group["group_idx"] for group in told] == [0, 1, 2]
+    assert [group["kind"] for group in told] == ["full_attention", "mamba", "sliding_window"]
 
 
 @pytest.mark.parametrize("fault", ["slots", "cacheable", "droppable"])
@@ -257,6 +324,6 @@ def test_a_mark_too_far_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) 
             super().__setattr__(name, value + PAGE if name == fault and value else value)
 
     monkeypatch.setattr("jenga.vllm_plugin.coordinator.Marks", Late)
-    twins = Twins(MODELS["windows"], monkeypatch, caching=True, seed=0)
+    twins = Twins("windows", monkeypatch, caching=True, seed=0)
     with pytest.raises((AssertionError, IndexError)):
         twins.play(steps=200)
