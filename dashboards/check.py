@@ -158,7 +158,7 @@ class Coverage:
 
     with_data: tuple[str, ...]
     empty: tuple[str, ...]
-    """Places and queries of those that had none."""
+    """Place and first such query of those that had none."""
     empty_without_gpu: tuple[str, ...]
     """Those that only a GPU can fill."""
 
@@ -181,7 +181,7 @@ def coverage(queries: Iterable[Query], prometheus: str, minutes: float) -> Cover
     empty = {place: missing for place, missing in places.items() if missing}
     return Coverage(
         tuple(place for place in places if place not in empty),
-        tuple(f"{place}: {expr}" for place, missing in empty.items() if place not in gpu for expr in missing),
+        tuple(f"{place}: {missing[0]}" for place, missing in empty.items() if place not in gpu),
         tuple(place for place in empty if place in gpu),
     )
 
