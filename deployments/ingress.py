@@ -61,7 +61,7 @@ def validation_response(error: RequestValidationError) -> JSONResponse:
     """What the request's body has wrong, first fault first, without echoing the body."""
     faults = error.errors()
     fault = faults[0] if faults else {"type": "", "msg": "invalid request", "loc": ()}
-    where = [part for part in fault["loc"] if part != "body"]
+    where = [part for part in fault["loc"] if part not in ("body", "query")]
     if fault["type"] == "json_invalid":
         reason = fault.get("ctx", {}).get("error", "cannot be parsed")
         return error_response(

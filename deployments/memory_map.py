@@ -63,50 +63,42 @@ class MemoryWatch:
         self._ask = ask
         self._replica = replica
         self._model = model
-        self._locks = {question: asyncio.Lock() for question in ("load", "map", "page")}
-        # What was told last, and when.
-        self._load = (0.0, dict[str, Any]())
-        self._map = (0.0, b"")
-        self._page_asked = 0.0
+        self._map_lock, self._page_lock = asyncio.Lock(), asyncio.Lock()
+        self._map, self._map_told = b"", 0.0
+        self._page_told = 0.0
 
     async def answer(
         self, report: Mapping[str, Any] | None, wanted: str | None, large: int | None
     ) -> dict[str, Any] | bytes | None:
-        """To everybody (`wanted` is None) a summary; to who wants this replica its map, or one large page; else None.
+        """The engine's last report if `wanted` is None; if it is this replica its map, or one large page; else None.
 
         A map is compressed with gzip.  What cannot be told is ``{"problem": ...}``.
         """
-        if wanted not in (None, self._replica):
+        if wanted is None:
+            return {"replica": self._replica, "model": self._model, "report": report}
+        if wanted != self._replica:
             return None
         try:
             async with asyncio.timeout(ANSWER_S):
-                if wanted is None:
-                    return await self._tell_summary(report)
                 return await (self._tell_map() if large is None else self._tell_page(large))
         except TimeoutError:
-            about = {"model": self._model, "report": report} if wanted is None else {}
-            return {"replica": self._replica, "problem": "busy", **about}
-
-    async def _tell_summary(self, report: Mapping[str, Any] | None) -> dict[str, Any]:
-        async with self._locks["load"]:
-            if time.monotonic() - self._load[0] >= PERIOD_S:
-                self._load = (time.monotonic(), await self._ask("jenga_load"))
-            return {"replica": self._replica, "model": self._model, **self._load[1], "report": report}
+            return {"problem": "busy"}
 
     async def _tell_map(self) -> bytes | dict[str, Any]:
-        async with self._locks["map"]:
-            if time.monotonic() - self._map[0] >= PERIOD_S:
+        async with self._map_lock:
+            if time.monotonic() - self._map_told >= PERIOD_S:
                 taken = await self._ask("jenga_map")
                 if taken is None:
                     return {"problem": "no map"}
                 # Beside the event loop: what the engine core only copied takes milliseconds to compress.
-                self._map = (time.monotonic(), await asyncio.to_thread(_compressed, taken, self._replica))
-            return self._map[1]
+                self._map = await asyncio.to_thread(_compressed, taken, self._replica)
+                self._map_told = time.monotonic()
+            return self._map
 
     async def _tell_page(self, large: int) -> dict[str, Any]:
-        async with self._locks["page"]:
-            await asyncio.sleep(max(0.0, self._page_asked + PAGE_PERIOD_S - time.monotonic()))
-            self._page_asked = time.monotonic()
+        async with self._page_lock:
+            await asyncio.sleep(max(0.0, self._page_told + PAGE_PERIOD_S - time.monotonic()))
+            self._page_told = time.monotonic()
             found: dict[str, Any] | None = await self._ask("jenga_large_page", large)
             return {"problem": "no page"} if found is None else found
 
@@ -130,7 +122,7 @@ class MemoryRoutes:
         return HTMLResponse(_FILE.read_text(), headers=_HEADERS)
 
     async def memory_data(self, request: Request) -> Response:
-        """Every replica's memory by cause and requests, as JSON."""
+        """Every replica's last report (`jenga.metrics.engine.EngineReport`, None before the first), as JSON."""
         if refused := self._refuse(request):
             return refused
         replicas = [each for each in await self._ask_replicas(None, None) if "replica" in each]

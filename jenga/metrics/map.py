@@ -32,6 +32,8 @@ class MapGroup:
     """Layer type."""
     ratio: int
     """Small pages in a large page."""
+    parts: int
+    """Large pages that a small page lies in, a part in each; all of them tell its state."""
     page_tokens: int
     """Tokens that a small page is for; of a state, the tokens between two boundaries where it may be kept."""
     page_bytes: int
@@ -62,8 +64,8 @@ class MemoryMap:
         """Small pages by state, by group; the free ones are those of large pages that the group owns."""
         counts = []
         for index, (group, states) in enumerate(zip(self.groups, self.states, strict=True)):
-            live, cached = states.count(PageState.LIVE), states.count(PageState.CACHED)
-            slots = self.owners.count(index) * group.ratio
+            live, cached = (states.count(state) // group.parts for state in (PageState.LIVE, PageState.CACHED))
+            slots = self.owners.count(index) * group.ratio // group.parts
             counts.append({PageState.LIVE: live, PageState.CACHED: cached, PageState.FREE: slots - live - cached})
         return tuple(counts)
 
@@ -134,7 +136,7 @@ class LargePage:
     """What is in one large page."""
 
     large: int
-    """Its number."""
+    """Its number; where pages lie in several large pages, each of them shows them all."""
     state: Literal["owned", "free", "reserved"]
     group: str | None
     """Name of the group that owns it."""
@@ -152,6 +154,7 @@ def map_groups(layout: Layout) -> tuple[MapGroup, ...]:
             name=place.group.name,
             kind=place.group.policy.kind,
             ratio=place.ratio,
+            parts=place.parts,
             page_tokens=place.group.page_tokens,
             page_bytes=place.group.page_bytes,
             is_state=not place.group.policy.token_pages,

@@ -28,15 +28,8 @@ _STATES: dict[PageState, Literal["live", "cached", "free"]] = {
 
 def install() -> None:
     """Give EngineCore the map's utilities; front ends call them like vLLM's own."""
-    for function in (jenga_load, jenga_map, jenga_large_page):
+    for function in (jenga_map, jenga_large_page):
         setattr(EngineCore, function.__name__, function)
-
-
-def jenga_load(self: EngineCore) -> dict[str, int]:
-    """Requests that hold pages, and those that wait."""
-    scheduler: Any = self.scheduler
-    running, waiting = scheduler.get_request_counts()
-    return {"running": running, "waiting": waiting}
 
 
 def jenga_map(self: EngineCore) -> dict[str, Any] | None:
