@@ -14,10 +14,7 @@ UID = "jenga-cache"
 def dashboard(s: Source) -> Dashboard:
     """Build it for one kind of source; routers exist under Ray Serve only."""
     replica = f"{{{{{s.replica}}}}}"
-    variables = ("application", "deployment", "replica") if s.ray else ("model", "replica")
-    board = page(
-        "Jenga: Prefix cache and routing", UID, "Hits, what ends them, and the router's predictions.", s, variables
-    )
+    board = page("Jenga: Prefix cache and routing", UID, "Hits, what ends them, and the router's predictions.", s)
     board = board.with_panel(
         number(
             Text(

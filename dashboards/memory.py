@@ -21,8 +21,7 @@ def dashboard(s: Source) -> Dashboard:
     memory, large = s.ours("jenga_memory_bytes"), s.ours("jenga_large_pages")
     in_groups = s.ours("jenga_memory_bytes", f'group!="{POOL}"')
     owner = s.engine
-    variables = ("application", "deployment", "replica") if s.ray else ("model", "replica")
-    board = page("Jenga: Memory", UID, "KV memory by cause, group and page state, per replica.", s, variables)
+    board = page("Jenga: Memory", UID, "KV memory by cause, group and page state, per replica.", s)
     board = board.with_panel(
         number(
             Text(

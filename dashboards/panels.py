@@ -27,7 +27,7 @@ from grafana_foundation_sdk.models.dashboard import (
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from dashboards.source import VARIABLE_OF, Source
+from dashboards.source import Source
 
 DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 TAG = "jenga"
@@ -158,26 +158,23 @@ def _common(panel: Any, text: Text, lines: Any, width: int, height: int, *, buck
     return panel
 
 
-def page(title: str, uid: str, about: str, source: Source, variables: tuple[str, ...]) -> grafana.Dashboard:
-    """An empty dashboard with its variables, and links to the others."""
+def page(title: str, uid: str, about: str, source: Source, variables: tuple[str, ...] = ()) -> grafana.Dashboard:
+    """An empty dashboard with its variables (all of the source's, if none is named), and links to the others."""
     board = grafana.Dashboard(title).uid(uid).description(about).tags([TAG]).readonly().refresh(REFRESH)
     board = board.time("now-30m", "now").timezone("browser").tooltip(DashboardCursorSync.CROSSHAIR)
     link = grafana.DashboardLink("Jenga").type(DashboardLinkType.DASHBOARDS).tags([TAG]).as_dropdown(True)
     board = board.link(link.keep_time(True).include_vars(True))
     board = board.with_variable(grafana.DatasourceVariable("datasource").label("Data source").type("prometheus"))
-    for name in variables:
+    for name in variables or source.variables:
         board = board.with_variable(_variable(name, source.unfiltered))
     return board
 
 
 def _variable(name: str, s: Source) -> grafana.QueryVariable:
-    """A choice of label values; each is narrowed by those before it."""
-    if name == "model":
-        selector, label = s.vllm("vllm:prompt_tokens"), "model_name"
-    else:
-        before = {"deployment": ("application",), "replica": s.service}.get(name, ())
-        selector = s.ours("jenga_buffer_bytes", *(f'{label}=~"${VARIABLE_OF[label]}"' for label in before))
-        label = s.replica if name == "replica" else name
+    """A choice of values of a label."""
+    before = s.variables[: s.variables.index(name)]
+    selector = s.ours("jenga_buffer_bytes", *(f'{s.label_of(other)}=~"${other}"' for other in before))
+    label = s.label_of(name)
     variable = grafana.QueryVariable(name).label(name.capitalize()).datasource(DATASOURCE)
     variable = variable.query({"query": f"label_values({selector}, {label})", "refId": f"variable-{name}"})
     variable = variable.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED).sort(VariableSort.ALPHABETICAL_ASC)

@@ -15,8 +15,7 @@ _QUANTILES = ((0.5, "median"), (0.95, "95 %"), (0.99, "99 %"))
 def dashboard(s: Source) -> Dashboard:
     """Build it for one kind of source."""
     replica = f"{{{{{s.vllm_replica}}}}}"
-    variables = ("application", "deployment", "replica", "model") if s.ray else ("model", "replica")
-    board = page("Jenga: Requests", UID, "Rates, latencies and preemptions, from vLLM's metrics.", s, variables)
+    board = page("Jenga: Requests", UID, "Rates, latencies and preemptions, from vLLM's metrics.", s)
 
     def latency(title: str, metric: str, shows: str, if_bad: str) -> Dashboard:
         lines = [Line(e.quantile(q, s.vllm(metric, part="bucket")), name) for q, name in _QUANTILES]

@@ -52,8 +52,6 @@ def records(s: Source) -> list[Record]:
             Record("service:jenga_predictions_exact:ratio5m", e.exact_ratio(s, s.service, WINDOW)),
             Record("service:jenga_wanted_replicas:count", e.wanted_replicas(s, s.service)),
             Record("service:jenga_healthy_replicas:count", e.healthy_replicas(s, s.service)),
-            # To leave counters of dead replicas out of totals: `... and on (application, deployment, replica) this`.
-            Record("engine:jenga_live:bool", e.live_replicas(s)),
         ]
     return found
 

@@ -27,10 +27,10 @@ RAY = {
 VARIABLE_OF = {
     "application": "application",
     "deployment": "deployment",
+    "model_name": "model",
     "replica": "replica",
     "ReplicaId": "replica",
     "instance": "replica",
-    "model_name": "model",
 }
 """The dashboard variable that narrows each label."""
 
@@ -65,6 +65,15 @@ class Source:
         return "ReplicaId" if self.ray else "instance"
 
     @property
+    def variables(self) -> tuple[str, ...]:
+        """Dashboard variables that narrow engines' metrics, each narrowed by those before it."""
+        return ("application", "deployment", "model", "replica") if self.ray else ("model", "replica")
+
+    def label_of(self, variable: str) -> str:
+        """The label in our metrics that a variable narrows."""
+        return {"model": "model_name", "replica": self.replica}.get(variable, variable)
+
+    @property
     def engine(self) -> tuple[str, ...]:
         """Labels that name one engine in our metrics."""
         return (*self.service, self.replica)
@@ -86,7 +95,7 @@ class Source:
             # Of an ingress, whose deployment and replica are no engine's.
             labels: tuple[str, ...] = ("application",)
         else:
-            labels = self.engine
+            labels = tuple(self.label_of(variable) for variable in self.variables)
         return self._selector(("ray_" if self.ray else "") + name, part, labels, matchers)
 
     def vllm(self, name: str, *matchers: str, part: str = "") -> str:
