@@ -69,7 +69,7 @@ class CacheAwareRouter(RequestRouter):
         self._booked: dict[str, _Booked] = {}
         self._shared: dict[ReplicaID, SharedPrefixes] = {}
         self._rng = random.Random()
-        self._metrics = RouterMetrics()
+        self._metrics = RouterMetrics(self._feed)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Replicas came, went, or told something new."""
@@ -110,7 +110,7 @@ class CacheAwareRouter(RequestRouter):
             two = self._rng.sample(list(by_id), min(2, len(by_id)))
             two.sort(key=lambda id_: states[id_].queue)
             return [[by_id[id_] for id_ in two], candidate_replicas]
-        self._metrics.decided(time.perf_counter() - started, self._feed)
+        self._metrics.decided(time.perf_counter() - started)
         # One by one: Ray takes the next where the best has no room, and all at last.
         return [*([by_id[id_]] for id_ in order[:3]), candidate_replicas]
 

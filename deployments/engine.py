@@ -36,6 +36,8 @@ _LAST_WORDS_S = 0.3
 # Causes of `jenga.metrics` that live requests account for, and the steps of the fraction told to routers.
 _LIVE = ("needed", "tail", "droppable")
 _STEPS = 20
+# vLLM's own metrics have it too.
+_LABELS = ("model_name",)
 
 
 class EngineStartError(RuntimeError):
@@ -132,7 +134,7 @@ class JengaServer(LLMServer):
         client = self.engine._engine_client
         generate = client.generate
         replica = serve.get_replica_context().replica_id.unique_id
-        predictions = Predictions()
+        predictions = Predictions(Exporter(_LABELS), self._whose())
 
         async def compared(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
             predicted = keys.take_prediction(sampling_params, replica)
@@ -143,6 +145,10 @@ class JengaServer(LLMServer):
                 yield output
 
         client.generate = compared
+
+    def _whose(self) -> dict[str, str]:
+        """Labels of all metrics of this replica, besides Ray's."""
+        return dict(zip(_LABELS, [self._llm_config.model_id], strict=True))
 
     def _samples(self, data: Mapping[str, Any]) -> Iterator[Sample]:
         """Samples of what `jenga_memory` answered; lazily, so that the exporter meets its faults."""
@@ -158,7 +164,7 @@ class JengaServer(LLMServer):
 
         The core answers between two steps, so what is exported is consistent, also when it idles.
         """
-        exporter = Exporter()
+        exporter = Exporter(_LABELS)
         core = self.engine._engine_client.engine_core
         while True:
             try:
@@ -172,7 +178,7 @@ class JengaServer(LLMServer):
                 return
             if data is not None:
                 self._report = data
-                exporter.publish(self._samples(data))
+                exporter.publish(self._samples(data), self._whose())
             await asyncio.sleep(_PERIOD_S)
 
 

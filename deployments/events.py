@@ -111,6 +111,7 @@ class EventFeed:
         self.index = index
         self.replays = 0
         """Times that missed batches were asked for."""
+        self._lag = 0.0
         self._context = zmq.asyncio.Context.instance()
         self._followed: dict[str, tuple[int, asyncio.Task[None], asyncio.Event]] = {}
 
@@ -166,7 +167,7 @@ class EventFeed:
                 if message.done():
                     _, number, payload = message.result()
                     message = None
-                    need = self._apply(name, source, number, payload)
+                    need = self._apply(name, source, number, payload, timed=True)
                 if woken.done():
                     woken = None
                     wake.clear()
@@ -178,8 +179,20 @@ class EventFeed:
                 if waiting is not None:
                     waiting.cancel()
 
-    def _apply(self, name: str, source: Source, number: bytes, payload: bytes) -> AskReplay | AskSnapshot | None:
+    def take_lag(self) -> float:
+        """Longest time since the last call, in seconds, from an engine's sending of a batch to its being applied.
+
+        By two clocks, where engine and router are on two nodes.
+        """
+        lag, self._lag = self._lag, 0.0
+        return lag
+
+    def _apply(
+        self, name: str, source: Source, number: bytes, payload: bytes, timed: bool = False
+    ) -> AskReplay | AskSnapshot | None:
         batch = decode(payload)
+        if timed:
+            self._lag = max(self._lag, time.time() - batch.time)
         epoch = source.epoch if batch.epoch is None else batch.epoch
         return self.index.apply(name, epoch, int.from_bytes(number, "big"), batch.events, batch.rule)
 

@@ -1,76 +1,79 @@
-"""What a cache-aware router tells of itself, and what became of its predictions, through Ray Serve's metrics."""
+"""What a cache-aware router tells of itself, and what became of its predictions."""
 
 from __future__ import annotations
 
 import time
-
-from ray.serve import metrics
+from collections.abc import Mapping
 
 from deployments.events import EventFeed
+from deployments.metrics import Exporter
+from jenga.metrics.definitions import REGISTRY
+from jenga.metrics.export import Series
 
-DECISION_MS = [0.05, 0.1, 0.2, 0.5, 1, 2, 4, 8, 16, 32, 64]
-DIFFERENCE_TOKENS = [0, 16, 64, 256, 1024, 4096, 16384, 65536]
 _PERIOD_S = 2.0
 
 
 class RouterMetrics:
-    """Decisions, fallbacks and the state of the index."""
+    """Decisions, fallbacks and the state of the index that `feed` keeps."""
 
-    def __init__(self) -> None:
-        self._decision = metrics.Histogram(
-            "jenga_router_decision_ms", "Milliseconds to place one request, hashing included.", boundaries=DECISION_MS
-        )
-        self._fallbacks = metrics.Counter(
-            "jenga_router_fallbacks", "Requests placed by load alone, by reason.", tag_keys=("reason",)
-        )
-        self._blocks = metrics.Gauge("jenga_router_index_blocks", "Distinct blocks that the index knows.")
-        self._replicas = metrics.Gauge(
-            "jenga_router_replicas", "Replicas by state of their event stream.", tag_keys=("stream",)
-        )
-        self._repairs = metrics.Counter(
-            "jenga_router_stream_repairs", "What became of event streams, by kind.", tag_keys=("kind",)
-        )
+    def __init__(self, feed: EventFeed, exporter: Exporter | None = None) -> None:
+        self._feed = feed
+        self._exporter = exporter or Exporter()
+        self._exporter.begin("router")
+        self._decision = self._exporter.series(REGISTRY["jenga_router_decision_seconds"], {})
         self._told: dict[str, int] = {}
         self._next = 0.0
 
     def fallback(self, reason: str) -> None:
         """A request was placed by load alone."""
-        self._fallbacks.inc(1, {"reason": reason})
+        self._exporter.series(REGISTRY["jenga_router_fallbacks_total"], {"reason": reason}).inc(1)
+        self._tell_of_the_index()
 
-    def decided(self, seconds: float, feed: EventFeed) -> None:
+    def decided(self, seconds: float) -> None:
         """A request was placed by what is cached."""
-        self._decision.observe(1000 * seconds)
+        self._decision.observe(seconds)
+        self._tell_of_the_index()
+
+    def _tell_of_the_index(self) -> None:
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + _PERIOD_S
-        stats = feed.index.stats()
-        self._blocks.set(stats.blocks)
-        self._replicas.set(stats.trusted, {"stream": "in_order"})
-        self._replicas.set(stats.replicas - stats.trusted, {"stream": "uncertain"})
-        totals = {"gap": stats.gaps, "restart": stats.restarts, "snapshot": stats.snapshots, "replay": feed.replays}
+        stats, series = self._feed.index.stats(), self._exporter.series
+        series(REGISTRY["jenga_router_index_blocks"], {}).set(stats.blocks)
+        series(REGISTRY["jenga_router_event_lag_seconds"], {}).set(self._feed.take_lag())
+        replicas = REGISTRY["jenga_router_replicas"]
+        series(replicas, {"stream": "in_order"}).set(stats.trusted)
+        series(replicas, {"stream": "uncertain"}).set(stats.replicas - stats.trusted)
+        totals = {
+            "gap": stats.gaps,
+            "restart": stats.restarts,
+            "snapshot": stats.snapshots,
+            "replay": self._feed.replays,
+        }
         for kind, total in totals.items():
             if total > self._told.get(kind, 0):
-                self._repairs.inc(total - self._told.get(kind, 0), {"kind": kind})
+                repairs = series(REGISTRY["jenga_router_stream_repairs_total"], {"kind": kind})
+                repairs.inc(total - self._told.get(kind, 0))
                 self._told[kind] = total
 
 
 class Predictions:
     """How many cached tokens the router expected of this replica, against how many there were."""
 
-    def __init__(self) -> None:
-        self._outcomes = metrics.Counter(
-            "jenga_router_predictions", "Requests by outcome of the router's prediction.", tag_keys=("outcome",)
-        )
-        self._difference = metrics.Histogram(
-            "jenga_router_prediction_error_tokens",
-            "Predicted minus actual cached tokens of a request, by sign.",
-            boundaries=[0.5, *DIFFERENCE_TOKENS[1:]],
-            tag_keys=("sign",),
-        )
+    def __init__(self, exporter: Exporter, whose: Mapping[str, str]) -> None:
+        self._exporter = exporter
+        self._whose = whose
+        self._exporter.begin("replica", whose)
 
     def record(self, predicted: int, actual: int) -> None:
         """One request's cached tokens."""
         outcome = "exact" if predicted == actual else "over" if predicted > actual else "under"
-        self._outcomes.inc(1, {"outcome": outcome})
-        self._difference.observe(abs(predicted - actual), {"sign": "over" if predicted > actual else "under"})
+        sign = {"sign": "over" if predicted > actual else "under"}
+        self._series("jenga_router_predictions_total", {"outcome": outcome}).inc(1)
+        self._series("jenga_router_predicted_tokens_total", {}).inc(predicted)
+        self._series("jenga_router_actual_tokens_total", {}).inc(actual)
+        self._series("jenga_router_prediction_error_tokens", sign).observe(abs(predicted - actual))
+
+    def _series(self, name: str, labels: Mapping[str, str]) -> Series:
+        return self._exporter.series(REGISTRY[name], labels, self._whose)

@@ -413,7 +413,7 @@ METRICS: tuple[Metric, ...] = (
         "jenga_router_stream_repairs_total",
         "counter",
         "repairs",
-        "Events streams: gaps found, replays and snapshots asked for, engine restarts seen",
+        "Event streams: gaps found, replays and snapshots asked for, engine restarts seen",
         "over routers; not over kind",
         (_values("kind", REPAIRS, "what became of a stream"),),
         "router",
@@ -422,8 +422,8 @@ METRICS: tuple[Metric, ...] = (
         "jenga_router_event_lag_seconds",
         "gauge",
         "seconds",
-        "Longest time, since the last report, from an engine's sending of an event batch to its place in the index (two "
-        "clocks, if on two nodes)",
+        "Longest time, since the last report, from an engine's sending of a batch of events to its place in the index "
+        "(by two clocks, if on two nodes)",
         "nothing: take the maximum",
         (),
         "router",

@@ -7,8 +7,10 @@ cached pages, and what live requests hold is split into needed, tail and droppab
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from jenga.allocator import GroupUsage, Usage
 from jenga.layout import GroupLayout, Layout
@@ -95,7 +97,8 @@ class MemorySnapshot:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON and between processes."""
-        return asdict(self)
+        data: dict[str, Any] = msgspec.to_builtins(self)
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MemorySnapshot:
@@ -104,12 +107,22 @@ class MemorySnapshot:
         Raises:
             ValueError: written under another schema version.
         """
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"memory snapshot has schema version {data.get('schema_version')!r}, this is {SCHEMA_VERSION}: "
-                "run the same version of jenga-serve on both sides"
-            )
-        return cls(**{**data, "groups": tuple(GroupMemory(**g) for g in data["groups"])})
+        check_schema(data)
+        return msgspec.convert(data, cls)
+
+
+def check_schema(data: object) -> None:
+    """Refuse a snapshot that another version wrote.
+
+    Raises:
+        ValueError: names both versions.
+    """
+    version = data.get("schema_version") if isinstance(data, Mapping) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"memory snapshot has schema version {version!r}, this is {SCHEMA_VERSION}: "
+            "run the same version of jenga-serve on both sides"
+        )
 
 
 def memory_snapshot(layout: Layout, usage: Usage, buffer_bytes: int, live: Iterable[LiveUse] = ()) -> MemorySnapshot:

@@ -1,47 +1,37 @@
-"""Samples as metrics of `prometheus_client`, for processes that Prometheus scrapes themselves."""
+"""Metrics of `prometheus_client`, for processes that Prometheus scrapes themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from jenga.metrics.samples import Sample
+from jenga.metrics import export
+from jenga.metrics.definitions import Metric
 
 
-class Exporter:
-    """Keeps one metric per sample name; all samples bear the labels named at construction as well."""
+class Exporter(export.Exporter):
+    """Exports into a registry; `labels` name those that every sample bears as well."""
 
     def __init__(self, labels: Iterable[str] = (), registry: CollectorRegistry = REGISTRY) -> None:
+        super().__init__()
         self._labels = tuple(labels)
         self._registry = registry
-        self._metrics: dict[str, Gauge | Counter] = {}
-        self._totals: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._metrics: dict[str, Gauge | Counter | Histogram] = {}
 
-    def publish(self, samples: Iterable[Sample], labels: Mapping[str, str]) -> None:
-        """Set gauges, and raise counters to the totals of the samples; `labels` are those named at construction.
+    def make(self, metric: Metric, labels: Mapping[str, str]) -> export.Series:
+        """See `jenga.metrics.export.Exporter`."""
+        made = self._metrics.get(metric.name)
+        if made is None:
+            made = self._metrics[metric.name] = self._define(metric)
+        series: export.Series = made.labels(**labels) if labels else made  # type: ignore[assignment]
+        return series
 
-        A total below the last one means that its engine began anew, from zero.
-        """
-        for sample in samples:
-            given = {**sample.labels, **labels}
-            metric = self._metrics.get(sample.name) or self._make(sample)
-            series = metric.labels(**given)
-            if isinstance(series, Gauge):
-                series.set(sample.value)
-                continue
-            key = (sample.name, tuple(given[name] for name in sorted(given)))
-            before = self._totals.get(key, 0.0)
-            series.inc(sample.value - before if sample.value >= before else sample.value)
-            self._totals[key] = sample.value
-
-    def _make(self, sample: Sample) -> Gauge | Counter:
-        names = (*sample.labels, *self._labels)
-        metric: Gauge | Counter
-        if sample.kind == "gauge":
+    def _define(self, metric: Metric) -> Gauge | Counter | Histogram:
+        names = (*metric.label_names, *self._labels)
+        if metric.kind == "gauge":
             # Where several processes answer scrapes, only one of them asks the engine.
-            metric = Gauge(sample.name, sample.help, names, registry=self._registry, multiprocess_mode="mostrecent")
-        else:
-            metric = Counter(sample.name, sample.help, names, registry=self._registry)
-        self._metrics[sample.name] = metric
-        return metric
+            return Gauge(metric.name, metric.meaning, names, registry=self._registry, multiprocess_mode="mostrecent")
+        if metric.kind == "counter":
+            return Counter(metric.name, metric.meaning, names, registry=self._registry)
+        return Histogram(metric.name, metric.meaning, names, registry=self._registry, buckets=metric.buckets)

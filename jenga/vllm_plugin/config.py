@@ -9,6 +9,7 @@ from itertools import accumulate
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 
 from jenga.layout import GroupLayout, Layout
+from jenga.metrics.stock import StockPlan
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class JengaKVCacheConfig(KVCacheConfig):
 
     checkpoints: CheckpointOptions = field(default=CheckpointOptions(), kw_only=True)
     """What is kept for later requests."""
+    stock: StockPlan | None = field(default=None, kw_only=True)
+    """vLLM's own plan for the same layers, None if it has none; only metrics ask for it."""
 
     @cached_property
     def ratios(self) -> tuple[int, ...]:

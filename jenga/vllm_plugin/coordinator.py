@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
+from time import monotonic
 from typing import Any, cast
 
 from vllm.v1.core import kv_cache_coordinator as vllm_coordinator
@@ -23,11 +24,12 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.single_type_kv_cache_manager import CrossAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
-from jenga.allocator import PageState, TwoLevelAllocator
+from jenga.allocator import CLOCK_HZ, PageState, TwoLevelAllocator
 from jenga.hits import GroupCache, Hit, longest_common_hit
 from jenga.metrics.engine import HitTotals
 from jenga.vllm_plugin.checkpoints import Checkpoints, Kept
 from jenga.vllm_plugin.config import JengaKVCacheConfig
+from jenga.vllm_plugin.counters import Refusals, StateIndex
 from jenga.vllm_plugin.parts import PartIds
 from jenga.vllm_plugin.pool import GroupPool, SharedPool
 from jenga.vllm_plugin.states import StateManager
@@ -68,8 +70,10 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
             manager.block_pool = pool
             manager._null_block = pool.null_block
         none = (0,) * len(self.pools)
-        self.hits = HitTotals(0, 0, 0, 0, reused_pages=none, ended=none)
+        self.hits = HitTotals(0, 0, 0, 0, 0, reused_pages=none, ended=none)
+        self.refusals = Refusals(self.allocator)
         self._last_hit = Hit(0, 0, None)
+        self._looked_up = 0
         self._reused = [0] * len(self.pools)
         self._needs: tuple[str, list[int]] | None = None
         self._giving_up: list[StateManager] = []  # whose kept states the latest needs let be overwritten
@@ -141,6 +145,8 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
             if self._giving_up:
                 needs = [n - (m in self._giving_up) for m, n in zip(self.single_type_managers, needs, strict=True)]
                 pages = self.allocator.large_pages_needed(needs, pins)
+            if pages > self.allocator.available:
+                self.refusals.refuse(request_id, marks is not None, needs, pins)
         self._needs = (request_id, needs)
         return pages
 
@@ -154,7 +160,10 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         if self._needs is not None and self._needs[0] == request_id:
             self.allocator.expect(self._needs[1])
             for manager in self._giving_up:
+                index = cast(StateIndex, manager.block_pool.cached_block_hash_to_block)
+                index.cause = "overwritten"
                 manager.give_up(request_id)
+                index.cause = "evicted"
         try:
             blocks: Blocks = super().allocate_new_blocks(
                 request_id, num_tokens, num_tokens_main_model, num_encoder_tokens
@@ -164,6 +173,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
             self._needs = None
         if marks is None:
             self._count_hit()
+            self.refusals.admitted(request_id)
             marks = self.marks[request_id] = Marks()
         marks.droppable = 0  # a state that moved on may have left a page behind
         if self._steady:
@@ -183,6 +193,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         short = hit.furthest > hit.tokens
         self.hits = HitTotals(
             requests=before.requests + 1,
+            lookup_tokens=before.lookup_tokens + self._looked_up,
             hit_requests=before.hit_requests + taken,
             hit_tokens=before.hit_tokens + (hit.tokens if taken else 0),
             missed_shared_tokens=before.missed_shared_tokens + hit.furthest - hit.tokens,
@@ -190,6 +201,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
             ended=tuple(n + (short and g == hit.limited_by) for g, n in enumerate(before.ended)),
         )
         self._last_hit = Hit(0, 0, None)
+        self._looked_up = 0
         self._reused = [0] * len(self.pools)
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
@@ -260,7 +272,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
 
     def new_step_starts(self) -> None:
         """A new scheduler step: what it releases is younger than what the last one released."""
-        self.allocator.tick()
+        self.allocator.tick(int(monotonic() * CLOCK_HZ))
         for manager in self._stepping:
             manager.new_step_starts()
 
@@ -318,6 +330,7 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
         self._states = [g for g, m in enumerate(managers) if isinstance(m, StateManager)]
         for group in self._states:
             cast(StateManager, managers[group]).keeps = self._keeps
+            self.pools[group].cached_block_hash_to_block = StateIndex()
         self._windows = [
             g
             for g, (m, policy) in enumerate(zip(managers, self._policies, strict=True))
@@ -350,7 +363,7 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
             max_cache_hit_length,
             self.scheduler_block_size,
         )
-        self._last_hit = hit
+        self._last_hit, self._looked_up = hit, max_cache_hit_length + 1
         self.checkpoints.learn(block_hashes, hit)
         if not hit.tokens:
             return tuple([] for _ in self.pools), 0, hit.furthest
@@ -400,7 +413,10 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
         self._answers -= bool(kept.states)
         for pool, block, block_hash in kept.states:
             if block.ref_cnt == 0 and block.block_hash == block_hash:
+                index = pool.cached_block_hash_to_block
+                index.cause = "replaced"
                 pool.uncache(block)
+                index.cause = "evicted"
         kept.answer = kept.computed
         kept.states = []
         for group in self._states:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from vllm.v1.core.single_type_kv_cache_manager import CrossAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.request import Request
 
-from jenga.metrics.engine import EngineReport
-from jenga.metrics.memory import LiveUse, memory_snapshot
+from jenga.metrics.engine import EngineReport, RequestCounts, StockUse, eviction_ages
+from jenga.metrics.memory import MemorySnapshot, memory_snapshot
 from jenga.vllm_plugin.coordinator import JengaCoordinator
+from jenga.vllm_plugin.counters import StateIndex
+from jenga.vllm_plugin.residency import Residency, residency, stored_tokens
+
+__all__ = ["install", "jenga_memory", "report", "stored_tokens"]
 
 
 def install() -> None:
@@ -21,47 +24,40 @@ def install() -> None:
 def jenga_memory(self: EngineCore) -> dict[str, Any] | None:
     """`EngineReport` as plain data, None if vLLM's own manager is in charge.
 
-    Asked for at the reader's pace (once a second or less), so that scheduler steps pay nothing for it.
+    Asked for at the reader's pace (every two seconds), so that scheduler steps pay nothing for it.
     """
     scheduler: Any = self.scheduler
     coordinator = scheduler.kv_cache_manager.coordinator
-    if not isinstance(coordinator, JengaCoordinator):
-        return None
-    config = coordinator.kv_cache_config
-    memory = memory_snapshot(
-        config.layout, coordinator.allocator.usage(), config.kv_cache_tensors[0].size, live_use(coordinator, scheduler)
+    return report(coordinator, scheduler).to_dict() if isinstance(coordinator, JengaCoordinator) else None
+
+
+def report(coordinator: JengaCoordinator, scheduler: Any) -> EngineReport:
+    """The engine now; O(requests)."""
+    config, allocator = coordinator.kv_cache_config, coordinator.allocator
+    resident = residency(coordinator, scheduler)
+    memory = memory_snapshot(config.layout, allocator.usage(), config.kv_cache_tensors[0].size, resident.uses)
+    indices = [pool.cached_block_hash_to_block for pool in coordinator.pools]
+    return EngineReport(
+        time=time.time(),
+        memory=memory,
+        counters=allocator.counters(),
+        hits=coordinator.hits,
+        requests=RequestCounts(
+            resident=len(coordinator.marks),
+            waiting=scheduler.get_request_counts()[1],
+            admissions_refused=tuple(coordinator.refusals.admissions),
+            growths_refused=tuple(coordinator.refusals.growths),
+        ),
+        page_tokens=tuple(place.group.page_tokens for place in config.layout.groups),
+        ages=eviction_ages(allocator),
+        checkpoints=tuple(index.totals() if isinstance(index, StateIndex) else None for index in indices),
+        stock=_stock(coordinator, resident, memory),
     )
-    return EngineReport(memory, coordinator.allocator.counters(), coordinator.hits).to_dict()
 
 
-def live_use(coordinator: JengaCoordinator, scheduler: Any) -> list[LiveUse]:
-    """What running requests do with their pages, by group; a page that several share counts once, as needed."""
-    uses = []
-    requests = [r for r in scheduler.requests.values() if r.num_computed_tokens]
-    for index, (manager, place) in enumerate(
-        zip(coordinator.single_type_managers, coordinator.kv_cache_config.layout.groups, strict=True)
-    ):
-        policy, size = place.group.policy, place.group.page_tokens
-        needed: set[int] = set()
-        held: set[int] = set()
-        empty = 0
-        for request in requests:
-            tokens = stored_tokens(manager, request)
-            start = policy.resident_from(tokens, size)
-            blocks = manager.req_to_blocks.get(request.request_id, ())
-            for position, block in enumerate(blocks):
-                if block.is_null or block.block_id in needed:
-                    continue
-                held.add(block.block_id)
-                if position >= start:
-                    needed.add(block.block_id)
-                    empty += min(size, max(0, (position + 1) * size - tokens))
-        uses.append(LiveUse(group=index, held=len(held), needed=len(needed), empty_tokens=empty))
-    return uses
-
-
-def stored_tokens(manager: SingleTypeKVCacheManager, request: Request) -> int:
-    """Tokens of a request that a group stores something for."""
-    if isinstance(manager, CrossAttentionManager):
-        return sum(request.get_num_encoder_embeds(i) for i in range(request.num_encoder_inputs))
-    return int(request.num_computed_tokens)
+def _stock(coordinator: JengaCoordinator, resident: Residency, memory: MemorySnapshot) -> StockUse | None:
+    plan = coordinator.kv_cache_config.stock
+    if plan is None:
+        return None
+    held = plan.held_bytes(resident.lengths, resident.shared, resident.encoder_tokens)
+    return StockUse(held, max(0, held - sum(group.needed_bytes for group in memory.groups)))

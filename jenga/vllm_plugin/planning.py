@@ -21,9 +21,20 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheS
 
 from jenga.grouping import choose_grouping
 from jenga.layout import LayoutError
+from jenga.metrics.stock import StockPlan
+from jenga.policies import LayerPolicy
 from jenga.vllm_plugin import checkpoints, hybrid_blocks, report, states
 from jenga.vllm_plugin.config import JengaGroupSpec, JengaKVCacheConfig
-from jenga.vllm_plugin.groups import bucket_layers, config_obstacle, cut, describe, divisible, layer_spec, spec_obstacle
+from jenga.vllm_plugin.groups import (
+    bucket_layers,
+    config_obstacle,
+    cut,
+    describe,
+    divisible,
+    layer_spec,
+    policy_of,
+    spec_obstacle,
+)
 
 logger = init_logger("vllm.jenga")
 
@@ -60,9 +71,11 @@ class Planner:
         with self._planning_for(min((m for m in available_memory if m > 0), default=ASSUMED_MEMORY)):
             planned = self._vllm.get_kv_cache_configs(vllm_config, kv_cache_specs, available_memory)
         if planned and isinstance(planned[0], JengaKVCacheConfig):
-            report.announce(
-                vllm_config, planned[0], self._stock_concurrency(vllm_config, kv_cache_specs, available_memory)
-            )
+            stock = self._stock(vllm_config, kv_cache_specs, available_memory)
+            for config in planned:
+                if isinstance(config, JengaKVCacheConfig):
+                    config.stock = None if isinstance(stock, str) else stock[1]
+            report.announce(vllm_config, planned[0], stock if isinstance(stock, str) else stock[0])
         return planned
 
     def get_kv_cache_groups(
@@ -202,17 +215,18 @@ class Planner:
         finally:
             self._memory = before
 
-    def _stock_concurrency(
+    def _stock(
         self, config: VllmConfig, specs: list[dict[str, KVCacheSpec]], memory: list[int]
-    ) -> float | str:
-        """Requests of maximum length that vLLM's own plan would hold in the same bytes, or why that is unknown."""
+    ) -> tuple[float, StockPlan] | str:
+        """Requests of maximum length that vLLM's own plan would hold in the same bytes, and that plan, or why not."""
         try:
             logging.disable(logging.INFO)  # what stock would have done is not what is being done
             stock_config, stock_specs = hybrid_blocks.as_stock(config, specs[0])
             groups = self._vllm.get_kv_cache_groups(stock_config, stock_specs)
             unit = self._vllm.pool_bytes_per_block(stock_config, groups)
             planned = KVCacheConfig(num_blocks=min(memory) // unit - 1, kv_cache_tensors=[], kv_cache_groups=groups)
-            return self._vllm.get_max_concurrency_for_kv_cache_config(stock_config, planned)
+            concurrency = self._vllm.get_max_concurrency_for_kv_cache_config(stock_config, planned)
+            return concurrency, StockPlan.of(unit, map(stock_group, groups))
         except Exception as error:  # a comparison for the log must not keep an engine from starting
             return f"{type(error).__name__}: {error}"
         finally:
@@ -223,6 +237,19 @@ def managed(groups: list[KVCacheGroupSpec]) -> tuple[JengaGroupSpec, ...]:
     """The groups if Jenga manages them, else nothing."""
     jenga = tuple(g for g in groups if isinstance(g, JengaGroupSpec))
     return jenga if jenga and len(jenga) == len(groups) else ()
+
+
+def stock_group(group: KVCacheGroupSpec) -> tuple[LayerPolicy, int]:
+    """Policy and tokens per block of one of vLLM's own groups.
+
+    Raises:
+        ValueError: nobody here knows its layers.
+    """
+    spec = next(iter(iter_layer_specs(group.kv_cache_spec)))
+    policy = policy_of(spec)
+    if policy is None:
+        raise ValueError(f"unknown layers of type {type(spec).__name__}")
+    return policy, group.kv_cache_spec.block_size
 
 
 def max_pages(config: VllmConfig, group: JengaGroupSpec) -> int:

@@ -12,12 +12,13 @@ from typing import Any
 
 from vllm.distributed.kv_events import MEDIUM_GPU, AllBlocksCleared, BlockStored, KVCacheEvent
 from vllm.logger import init_logger
-from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.request import Request
 
 from jenga.allocator import PageState, TwoLevelAllocator
+from jenga.vllm_plugin.counters import PageIndex
 from jenga.vllm_plugin.events import placed
 
 logger = init_logger("vllm.jenga")
@@ -26,7 +27,6 @@ Run = tuple[int, int, list[int], bool]
 """Token at which the last of these pages ends, group, pages of one large page, whether their contents are kept."""
 
 # vLLM leaves these untyped.
-empty_index: Callable[[], BlockHashToBlockMap] = BlockHashToBlockMap
 _reset_hash: Callable[[KVCacheBlock], None] = KVCacheBlock.reset_hash
 
 
@@ -47,7 +47,7 @@ class GroupPool(BlockPool):
         self.enable_caching = template.enable_caching
         self.hash_block_size = template.hash_block_size
         self.blocks = [KVCacheBlock(i, pool=self) for i in range(self.num_gpu_blocks)]
-        self.cached_block_hash_to_block = empty_index()
+        self.cached_block_hash_to_block: PageIndex = PageIndex()
         self.cached_block_hashes_by_block = {}
         self.null_block = self.blocks[0]
         self.null_block.is_null = True
@@ -149,7 +149,7 @@ class GroupPool(BlockPool):
             if block.block_hash is not None:
                 _reset_hash(block)
                 self.allocator.forget(self.group, block.block_id)
-        self.cached_block_hash_to_block = empty_index()
+        self.cached_block_hash_to_block.clear()
         self.cached_block_hashes_by_block.clear()
 
     def get_num_free_blocks(self) -> int:

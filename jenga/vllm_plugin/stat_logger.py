@@ -25,7 +25,7 @@ from jenga.vllm_plugin.adapter import check_seam
 
 logger = init_logger("vllm.jenga")
 
-PERIOD = 1.0
+PERIOD = 2.0
 """Seconds between two questions to an engine core."""
 
 _exporter: Exporter | None = None

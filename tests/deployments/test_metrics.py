@@ -1,38 +1,59 @@
-"""Samples onto Ray's metrics."""
+"""Defined metrics as Ray's, and what routers and replicas tell with them."""
+
+from __future__ import annotations
 
 from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve import metrics as ray_metrics
 
 from deployments.metrics import Exporter
-from jenga.metrics import Sample
+from deployments.router_metrics import Predictions, RouterMetrics
+from jenga.metrics import Observed, Sample
+from jenga.metrics.definitions import METRICS, REGISTRY
+
+Key = tuple[str, tuple[tuple[str, str], ...]]
 
 
 class FakeRay:
-    """Records what Ray would have been told."""
+    """In the place of `ray.serve.metrics`: records what Ray would have been told, and refuses what Ray refuses."""
 
     def __init__(self) -> None:
-        self.made: list[tuple[str, str, tuple[str, ...]]] = []
-        self.values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
+        self.made: dict[str, tuple[str, tuple[str, ...]]] = {}
+        self.values: defaultdict[Key, float] = defaultdict(float)
+        self.observed: defaultdict[Key, list[float]] = defaultdict(list)
 
-    def metric(self, kind: str) -> Any:
+    def __getattr__(self, kind: str) -> Any:
         ray = self
 
         class Metric:
-            def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
-                if name == "refused":
-                    raise ValueError("Ray does not like this name")
-                ray.made.append((kind, name, tag_keys))
-                self.name = name
+            def __init__(
+                self, name: str, description: str, tag_keys: tuple[str, ...], boundaries: list[float] | None = None
+            ) -> None:
+                assert name not in ray.made, "made twice"
+                assert (boundaries is not None) == (kind == "Histogram")
+                ray.made[name] = (kind, tag_keys)
+                self.name, self.tag_keys = name, tag_keys
+
+            def key(self, tags: dict[str, str]) -> Key:
+                assert set(tags) == set(self.tag_keys)
+                return self.name, tuple(sorted(tags.items()))
 
             def set(self, value: float, tags: dict[str, str]) -> None:
-                ray.values[self.name, tuple(sorted(tags.items()))] = value
+                ray.values[self.key(tags)] = value
 
             def inc(self, value: float, tags: dict[str, str]) -> None:
                 if value <= 0:
                     raise ValueError("a counter only goes up")
-                ray.values[self.name, tuple(sorted(tags.items()))] += value
+                ray.values[self.key(tags)] += value
+
+            def _record(self, value: float, tags: dict[str, str]) -> None:
+                ray.values[self.key(tags)] += value
+
+            def observe(self, value: float, tags: dict[str, str]) -> None:
+                ray.observed[self.key(tags)].append(value)
 
         return Metric
 
@@ -42,60 +63,93 @@ def ray() -> FakeRay:
     return FakeRay()
 
 
-def exporter(ray: FakeRay, **options: Any) -> Exporter:
-    return Exporter(ray.metric("gauge"), ray.metric("counter"), **options)
+def test_every_metric_of_the_table_is_one_of_ray_s() -> None:
+    """Ray takes every name, label and bucket of the table (it drops bad names with a warning only)."""
+    out = Exporter(("model_name",))
+    for metric in METRICS:
+        labels = {label.name: (label.values or ("any",))[0] for label in metric.labels}
+        series: Any = out.series(metric, labels, {"model_name": "m"})
+        ray = series._metric
+        assert (
+            type(ray)
+            is {
+                "gauge": ray_metrics.Gauge,
+                "counter": ray_metrics.Counter,
+                "histogram": ray_metrics.Histogram,
+            }[metric.kind]
+        )
+        assert not ray._discard_metric
+        assert ray.info["tag_keys"] == (*metric.label_names, "model_name")
 
 
-def gauge(value: float, name: str = "bytes", **labels: str) -> Sample:
-    return Sample(name, "gauge", "help", labels, value)
+def test_samples_become_ray_s(ray: FakeRay) -> None:
+    out = Exporter(("model_name",), ray)
+    whose = {"model_name": "m"}
+    pages, ages, size = (
+        REGISTRY[n] for n in ("jenga_reused_pages_total", "jenga_eviction_age_seconds", "jenga_buffer_bytes")
+    )
+    nothing = (0,) * len(ages.buckets)
+    for total in (0, 3, 3, 10, 4):  # the last is of an engine that began anew
+        out.publish(
+            [
+                Sample(size, total, {}),
+                Sample(pages, total, {"group": "a"}),
+                Sample(ages, Observed((total, *nothing), (total / 20, *nothing)), {"group": "a"}),
+            ],
+            whose,
+        )
+    group = (("group", "a"), ("model_name", "m"))
+    assert ray.values["jenga_buffer_bytes", (("model_name", "m"),)] == 4
+    assert ray.values["jenga_reused_pages_total", group] == 14
+    assert len(ray.observed["jenga_eviction_age_seconds", group]) == 14
+    assert ray.made["jenga_reused_pages_total"] == ("Counter", ("group", "model_name"))
 
 
-def counter(value: float, name: str = "hits", **labels: str) -> Sample:
-    return Sample(name, "counter", "help", labels, value)
+def test_counters_are_there_before_the_first_event(ray: FakeRay) -> None:
+    Predictions(Exporter(("model_name",), ray), {"model_name": "m"})
+    RouterMetrics(feed(), Exporter((), ray))
+    expected = {m.name for m in METRICS if m.source in ("replica", "router") and m.kind == "counter"}
+    assert {name for name, _ in ray.values} == expected
+    assert set(ray.values.values()) == {0}
 
 
-def test_a_gauge_takes_the_last_value_of_each_label_set(ray: FakeRay) -> None:
-    out = exporter(ray)
-    out.publish([gauge(1, state="free", group="a"), gauge(2, state="used", group="a")])
-    out.publish([gauge(5, state="free", group="a")])
-    assert ray.made == [("gauge", "bytes", ("group", "state"))]
-    assert ray.values["bytes", (("group", "a"), ("state", "free"))] == 5
-    assert ray.values["bytes", (("group", "a"), ("state", "used"))] == 2
+def feed(**totals: int) -> Any:
+    stats = {"blocks": 7, "replicas": 3, "trusted": 2, "gaps": 0, "restarts": 0, "snapshots": 0, **totals}
+    index = SimpleNamespace(stats=lambda: SimpleNamespace(**stats))
+    return SimpleNamespace(index=index, replays=4, take_lag=lambda: 0.25)
 
 
-def test_running_totals_become_increments(ray: FakeRay) -> None:
-    out = exporter(ray)
-    for total in (3, 3, 10):
-        out.publish([counter(total, group="a"), counter(1, group="b")])
-    assert ray.values["hits", (("group", "a"),)] == 10
-    assert ray.values["hits", (("group", "b"),)] == 1
+def test_a_router_tells_of_decisions_and_of_its_index(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    events = feed(gaps=2, snapshots=3)
+    router = RouterMetrics(events, Exporter((), ray))
+    now = 10.0
+    router.decided(0.003)
+    router.fallback("no tokens")
+    assert ray.observed["jenga_router_decision_seconds", ()] == [0.003]
+    assert ray.values["jenga_router_fallbacks_total", (("reason", "no tokens"),)] == 1
+    assert ray.values["jenga_router_fallbacks_total", (("reason", "no index"),)] == 0
+    assert ray.values["jenga_router_index_blocks", ()] == 7
+    assert ray.values["jenga_router_event_lag_seconds", ()] == 0.25
+    assert ray.values["jenga_router_replicas", (("stream", "uncertain"),)] == 1
+    events.replays = 6
+    now = 20.0
+    router.fallback("no index")  # the index is told of also where every request goes by load
+    repairs = {k: ray.values["jenga_router_stream_repairs_total", (("kind", k),)] for k in ("gap", "replay", "restart")}
+    assert repairs == {"gap": 2, "replay": 6, "restart": 0}
 
 
-def test_a_total_that_falls_began_anew(ray: FakeRay) -> None:
-    out = exporter(ray)
-    for total in (10, 4, 6):
-        out.publish([counter(total)])
-    assert ray.values["hits", ()] == 16
-
-
-def test_label_sets_are_bounded_and_known_ones_go_on(ray: FakeRay) -> None:
-    out = exporter(ray, max_series=3)
-    for round_ in range(2):
-        out.publish([gauge(round_, request=str(i)) for i in range(10)])
-    assert len(ray.values) == 3
-    assert set(ray.values.values()) == {1}
-
-
-def test_faults_stay_inside(ray: FakeRay, caplog: pytest.LogCaptureFixture) -> None:
-    def broken() -> Any:
-        yield gauge(1, name="before")
-        raise RuntimeError("no snapshot")
-
-    out = exporter(ray)
-    out.publish([gauge(1, name="refused"), gauge(2, name="good")])
-    out.publish([gauge(1, name="refused")])
-    out.publish(broken())
-    assert ray.values["good", ()] == 2
-    assert ray.values["before", ()] == 1
-    assert sum("refused" in record.message for record in caplog.records) == 1
-    assert any("no snapshot" in record.message for record in caplog.records)
+def test_predictions_are_compared(ray: FakeRay) -> None:
+    predictions = Predictions(Exporter(("model_name",), ray), {"model_name": "m"})
+    for predicted, actual in ((64, 64), (0, 0), (96, 32), (0, 16)):
+        predictions.record(predicted, actual)
+    model = ("model_name", "m")
+    outcomes = {
+        o: ray.values["jenga_router_predictions_total", (model, ("outcome", o))] for o in ("exact", "over", "under")
+    }
+    assert outcomes == {"exact": 2, "over": 1, "under": 1}
+    assert ray.values["jenga_router_predicted_tokens_total", (model,)] == 160
+    assert ray.values["jenga_router_actual_tokens_total", (model,)] == 112
+    assert ray.observed["jenga_router_prediction_error_tokens", (model, ("sign", "over"))] == [64]
+    assert ray.observed["jenga_router_prediction_error_tokens", (model, ("sign", "under"))] == [0, 0, 16]

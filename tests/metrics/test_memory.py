@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jenga.allocator import GroupUsage, TwoLevelAllocator, Usage
 from jenga.layout import GroupLayout, LayerGroup, Layout
-from jenga.metrics import LiveUse, MemorySnapshot, Sample, memory_snapshot, samples
+from jenga.metrics import LiveUse, MemorySnapshot, memory_samples, memory_snapshot
 from jenga.policies import FullAttention, RecurrentState, SlidingWindow
 
 FULL = GroupLayout(LayerGroup("full", FullAttention(), 2, page_tokens=16, page_bytes=250), ratio=4, stride=256)
@@ -99,23 +99,23 @@ def test_samples_add_up_and_survive_json(case):
     layout, pool, buffer, facts = case
     snapshot = memory_snapshot(layout, pool.usage(), buffer, facts)
     assert MemorySnapshot.from_dict(json.loads(json.dumps(snapshot.to_dict()))) == snapshot
-    out = list(samples(snapshot, pool.counters()))
-    assert sum(s.value for s in out if s.name == "jenga_memory_bytes") == buffer
-    assert sum(s.value for s in out if s.name == "jenga_large_pages") == pool.large_pages
-    series = [(s.name, tuple(sorted(s.labels.items()))) for s in out]
+    out = list(memory_samples(snapshot))
+    assert sum(s.value for s in out if s.metric.name == "jenga_memory_bytes") == buffer
+    assert sum(s.value for s in out if s.metric.name == "jenga_large_pages") == pool.large_pages
+    assert all(0 <= s.value <= 1 for s in out if s.metric.unit == "ratio")
+    series = [(s.metric.name, tuple(s.labels.items())) for s in out]
     assert len(set(series)) == len(series)
-    assert all(s.name.startswith("jenga_") and s.help for s in out)
-    assert all((s.kind == "counter") == s.name.endswith("_total") for s in out)
 
 
 def test_samples_name_group_and_state():
     usage = Usage(2, 1, 0, 0, (GroupUsage(1, 3, 0, 1), GroupUsage(0, 0, 0, 0)))
-    out = {(s.name, *s.labels.values()): s for s in samples(memory_snapshot(LAYOUT, usage, 2048))}
-    assert out["jenga_pages", "full", "live"] == Sample(
-        "jenga_pages", "gauge", "Small pages by state", {"group": "full", "state": "live"}, 3
-    )
+    out = {(s.metric.name, *s.labels.values()): s for s in memory_samples(memory_snapshot(LAYOUT, usage, 2048))}
+    assert out["jenga_pages", "full", "live"].value == 3
+    assert out["jenga_pages", "full", "live"].labels == {"group": "full", "state": "live"}
     assert out["jenga_memory_bytes", "(pool)", "reserved"].value == 1024
     assert out["jenga_memory_bytes", "full", "stranded"].value == 256
+    assert out["jenga_fragmentation_ratio", "full"].value == 0.25
+    assert out["jenga_fragmentation_ratio", "state"].value == 0
 
 
 @pytest.mark.parametrize(

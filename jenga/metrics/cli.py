@@ -1,0 +1,40 @@
+"""`jenga metrics`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register this package's commands."""
+    app.command("metrics")(metrics)
+
+
+def metrics(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/metrics.md instead.")] = False,
+) -> None:
+    """List every metric: its unit, labels and meaning, and what may be summed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from jenga.metrics import page
+    from jenga.metrics.definitions import METRICS, VLLM_METRICS
+
+    if markdown:
+        print(page.markdown(), end="")
+        return
+    console = Console()
+    for source, title in page.TITLES.items():
+        table = Table("metric", "kind", "unit", "labels", "meaning", "may be summed", title=title, title_justify="left")
+        table.columns[0].no_wrap = True
+        for m in METRICS:
+            if m.source == source:
+                labels = ", ".join(f"{x.name}={'|'.join(x.values)}" if x.values else x.name for x in m.labels)
+                table.add_row(m.name, m.kind, m.unit, labels, m.meaning, m.sums)
+        console.print(table)
+    table = Table("metric", "kind", "unit", "meaning", title="From vLLM", title_justify="left")
+    for one in VLLM_METRICS:
+        table.add_row(one.name, one.kind, one.unit, one.meaning)
+    console.print(table)
