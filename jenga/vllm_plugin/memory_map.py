@@ -7,7 +7,6 @@ large page cost one look at every running request.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
@@ -97,19 +96,20 @@ def _holders(manager: SingleTypeKVCacheManager, pool: GroupPool, pages: list[int
             index = (block.block_hash_num_tokens - 1) // size
             holders = [(who, index) for who, row in tables.items() if index < len(row) and row[index] is block]
             found[page] = holders
-    missing = {page for page in pages if len(found.get(page, ())) < pool.blocks[page].ref_cnt}
-    if missing:
-        found.update({page: [] for page in missing})
-        for page, who, index in _search(manager, missing):
-            found[page].append((who, index))
-    return found
-
-
-def _search(manager: SingleTypeKVCacheManager, wanted: set[int]) -> Iterator[tuple[int, str, int]]:
-    for who, row in manager.req_to_blocks.items():
+    missing = {page: pool.blocks[page].ref_cnt for page in pages}
+    missing = {page: count for page, count in missing.items() if len(found.get(page, ())) < count}
+    found.update({page: [] for page in missing})
+    for who, row in tables.items() if missing else ():
         numbers = [block.block_id for block in row]
-        if not wanted.isdisjoint(numbers):
-            yield from ((page, who, index) for index, page in enumerate(numbers) if page in wanted)
+        if missing.keys().isdisjoint(numbers):
+            continue
+        for index, page in enumerate(numbers):
+            if page in missing:
+                found[page].append((who, index))
+        missing = {page: count for page, count in missing.items() if len(found[page]) < count}
+        if not missing:
+            break
+    return found
 
 
 def _coordinator(scheduler: Any) -> JengaCoordinator | None:
