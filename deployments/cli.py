@@ -1,4 +1,4 @@
-"""`jenga serve`, `jenga stop`, `jenga status`."""
+"""`jenga serve`, `jenga stop`, `jenga status`, and `jenga top` from its own module."""
 
 import json
 import time
@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deployments.local import launch, record
+from deployments.top import top
 
 StateDir = Annotated[
     Path | None,
@@ -121,3 +122,4 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(serve)
     app.command()(stop)
     app.command()(status)
+    app.command()(top)

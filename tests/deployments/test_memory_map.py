@@ -1,0 +1,279 @@
+"""The memory map's routes and what a replica tells, without Ray and without an engine; `jenga top` against a server."""
+
+import asyncio
+import gzip
+import io
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from ray.serve.exceptions import DeploymentUnavailableError
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from deployments import memory_map, top
+from deployments.cli import add_commands
+from deployments.config import parse_serving
+from jenga.allocator import TwoLevelAllocator
+from jenga.layout import GroupLayout, LayerGroup, Layout
+from jenga.metrics import memory_snapshot
+from jenga.metrics.map import MemoryMap
+from jenga.policies import FullAttention, SlidingWindow
+
+LAYOUT = Layout(
+    1024,
+    (
+        GroupLayout(LayerGroup("full", FullAttention(), 2, page_tokens=16, page_bytes=256), ratio=4, stride=256),
+        GroupLayout(LayerGroup("window", SlidingWindow(64), 6, page_tokens=16, page_bytes=1024), ratio=1, stride=1024),
+    ),
+    0.0,
+    0.0,
+    "by hand",
+)
+
+
+def pool() -> TwoLevelAllocator:
+    made = TwoLevelAllocator(50, LAYOUT.ratios)
+    made.allocate(0, 30)
+    for page in made.allocate(1, 9)[:4]:
+        made.release(1, page, keep=True)
+    return made
+
+
+def report(made: TwoLevelAllocator) -> dict[str, Any]:
+    """An engine's report, as far as the map's readers look."""
+    return {
+        "time": 1e9,
+        "memory": memory_snapshot(LAYOUT, made.usage(), 50 * 1024 + 7).to_dict(),
+        "hits": {"requests": 12, "lookup_tokens": 4000, "hit_requests": 5, "hit_tokens": 1000},
+        "requests": {"resident": 3, "waiting": 1},
+    }
+
+
+class Core:
+    """An engine core that counts its questions, and may never answer."""
+
+    def __init__(self) -> None:
+        self.pool = pool()
+        self.asked: list[tuple[Any, ...]] = []
+        self.stuck = False
+        self.stock = False
+
+    async def ask(self, *question: Any) -> Any:
+        self.asked.append(question)
+        if self.stuck:
+            await asyncio.Event().wait()
+        if self.stock:
+            return None
+        if question == ("jenga_map",):
+            return MemoryMap.take(LAYOUT, self.pool, 5.0).to_dict()
+        return {"large": question[1]} if question[1] < 50 else None
+
+
+class Broadcast:
+    """A handle whose replicas answer as `watch` does, beside one that dies."""
+
+    def __init__(self, answer: Callable[..., Awaitable[Any]]) -> None:
+        self.answer = answer
+        self.available = True
+
+    def broadcast(self, method: str, *arguments: Any) -> "Broadcast":
+        assert method == "memory"
+        self.arguments = arguments
+        return self
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        assert return_exceptions
+        assert timeout_s > memory_map.ANSWER_S
+        if not self.available:
+            raise DeploymentUnavailableError("engine")
+        return [RuntimeError("the actor died"), await self.answer(*self.arguments), None]
+
+
+class Server:
+    """The routes over one replica."""
+
+    def __init__(self) -> None:
+        self.core = Core()
+        watch = memory_map.MemoryWatch(self.core.ask, "r1", "m")
+        self.handle = Broadcast(lambda *asked: watch.answer(report(self.core.pool), *asked))
+        self.routes = memory_map.MemoryRoutes()
+        self.routes._memory_map_on = True
+        self.routes._memory_handles = lambda: {"m": self.handle}
+        app = FastAPI()
+        for name, route in memory_map.ENDPOINTS.items():
+            route(app)(getattr(self.routes, name))
+        self.client = TestClient(app)
+
+    def error(self, path: str, **headers: str) -> tuple[int, str, str]:
+        got = self.client.get(path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        error = got.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return got.status_code, error["code"], error["message"]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.setattr(memory_map, "PAGE_PERIOD_S", 0.0)
+    return Server()
+
+
+def test_the_page_needs_nothing_from_elsewhere(server: Server) -> None:
+    got = server.client.get("/memory")
+    assert got.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in got.headers["content-security-policy"]
+    assert "//" not in got.text.replace("// ", "").replace("<!-- ", "")  # no address of another host
+
+
+def test_a_map_reaches_the_browser_whole_and_the_core_is_asked_once_for_all_who_look(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = server.client.get("/memory/data").json()
+    assert [each["replica"] for each in data["replicas"]] == ["r1"]
+    assert data["replicas"][0]["report"] == json.loads(json.dumps(report(server.core.pool)))
+    assert server.core.asked == [], "a report costs the engine core nothing"
+    for _ in range(3):
+        got = server.client.get("/memory/pages", params={"replica": "r1"})
+        assert got.headers["content-encoding"] == "gzip"
+        replica, taken = MemoryMap.decode(got.content)
+    assert server.core.asked == [("jenga_map",)]
+    assert (replica, taken) == ("r1", MemoryMap.take(LAYOUT, server.core.pool, 5.0))
+    assert [sum(counts.values()) for counts in taken.count()] == [8 * 4, 9]
+    monkeypatch.setattr(memory_map, "PERIOD_S", 0.0)
+    server.client.get("/memory/pages", params={"replica": "r1"})
+    assert len(server.core.asked) == 2
+    assert server.client.get("/memory/page", params={"replica": "r1", "large": 3}).json() == {"large": 3}
+
+
+def test_what_cannot_be_shown_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server.error("/memory/pages?replica=r2")[:2] == (404, "replica_gone")
+    assert server.error("/memory/page?replica=r1&large=50")[:2] == (404, "no_page")
+    for path in ("/memory/data", "/memory/pages?replica=r1", "/memory/page?replica=r1&large=1"):
+        assert server.error(path, sec_fetch_site="cross-site")[:2] == (403, "other_site")
+        assert server.client.get(path, headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+    assert server.client.get("/memory", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200, "a link"
+    monkeypatch.setattr(memory_map, "PERIOD_S", 0.0)
+    server.core.stock = True
+    status, code, said = server.error("/memory/pages?replica=r1")
+    assert (status, code) == (404, "no_map")
+    assert "JENGA=0" in said
+    monkeypatch.setattr(memory_map, "ANSWER_S", 0.05)
+    server.core.stuck = True
+    assert server.error("/memory/pages?replica=r1")[:2] == (503, "replica_busy")
+    assert server.client.get("/memory/data").json()["replicas"], "a busy engine's last report is still told"
+    server.handle.available = False
+    assert server.client.get("/memory/data").json()["replicas"] == []
+    assert server.error("/memory/pages?replica=r1")[:2] == (404, "replica_gone")
+
+
+def test_switched_off_it_tells_nothing(server: Server) -> None:
+    server.routes._memory_map_on = False
+    for path in ("/memory", "/memory/data", "/memory/pages?replica=r1", "/memory/page?replica=r1&large=1"):
+        status, code, said = server.error(path)
+        assert (status, code) == (404, memory_map.OFF)
+        assert "memory_map: true" in said
+    assert server.core.asked == []
+    model = {"model": {"id": "m", "path": "/m"}}
+    assert parse_serving(model).memory_map is True
+    assert parse_serving(model | {"memory_map": False}).memory_map is False
+
+
+# -- jenga top -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listening() -> Iterator[tuple[str, dict[str, Any]]]:
+    """A server on the loopback that answers everything as told: its address, and what to change."""
+    told: dict[str, Any] = {"status": 200, "body": ""}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            told["path"] = self.path
+            self.send_response(told["status"])
+            self.end_headers()
+            self.wfile.write(told["body"].encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}", told
+    http.shutdown()
+    http.server_close()
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    replica = {"replica": "r1", "model": "m", "report": report(pool())}
+    return {"version": 1, "taken": 1e9, "period_s": 1.0, "replicas": [replica]} | changes
+
+
+def jenga_top(state: Path, *arguments: str) -> Result:
+    app = typer.Typer()
+    add_commands(app)
+    return CliRunner().invoke(app, ["top", *arguments], env={"COLUMNS": "140", "JENGA_STATE_DIR": str(state)})
+
+
+def test_top_shows_every_replica_once_and_as_json(listening: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    address, told = listening
+    told["body"] = json.dumps(summary())
+    shown = jenga_top(tmp_path, "--once", "--address", address)
+    assert shown.exit_code == 0, shown.output
+    assert told["path"] == "/memory/data"
+    for word in ("replica r1", "3 resident, 1 waiting", "5 of 12 requests", "1,000 of 4,000 tokens (25.0%)", "window"):
+        assert word in shown.stdout, shown.stdout
+    for cause, size in memory_snapshot(LAYOUT, pool().usage(), 50 * 1024 + 7).by_cause().items():
+        line = next(line for line in shown.stdout.splitlines() if line.split()[:1] == [cause])
+        assert line.split()[-1] == f"{size / (50 * 1024 + 7):.1%}"
+    assert json.loads(jenga_top(tmp_path, "--json", "--address", f"{address}/v1/").stdout) == json.loads(told["body"])
+
+
+def test_top_tells_what_is_wrong(listening: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    address, told = listening
+
+    def said() -> str:
+        with pytest.raises(top.TopError) as caught:
+            top.ask(address)
+        return str(caught.value)
+
+    told.update(status=404, body=bytes(memory_map._refused(404, memory_map.OFF).body).decode())
+    assert "switched off" in said()
+    told.update(status=404, body="no such page")
+    assert "not as Jenga Serve does" in said()
+    told.update(status=200, body="<html>")
+    assert "not as Jenga Serve does" in said()
+    told.update(status=200, body=json.dumps(summary(version=9)))
+    assert "version 9, this program reads 1" in said()
+    with pytest.raises(top.TopError, match="no address"):
+        top.ask("here")
+    refused = jenga_top(tmp_path, "--once", "--address", "http://127.0.0.1:1")
+    assert refused.exit_code == 1
+    assert "nothing answers at http://127.0.0.1:1" in refused.stderr
+    assert "--address" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_top_shows_replicas_without_a_report_and_what_is_out_of_date() -> None:
+    console = Console(width=140, record=True, file=io.StringIO())
+    silent = summary(replicas=[{"replica": "r2", "model": "m", "report": None}])
+    console.print(top.render("http://x", silent, trouble="gone [away]"))
+    console.print(top.render("http://x", summary(replicas=[])))
+    text = console.export_text()
+    for words in ("no report", "not up to date: gone [away]", "no replica answers"):
+        assert words in text
+
+
+def test_a_map_of_another_version_or_length_is_refused() -> None:
+    data = MemoryMap.take(LAYOUT, pool(), 5.0).encode("r1")
+    assert len(gzip.compress(data, 1)) < len(data)
+    with pytest.raises(ValueError, match="its header speaks of"):
+        MemoryMap.decode(data[:-1])
+    with pytest.raises(ValueError, match="of version 2"):
+        MemoryMap.decode(data.replace(b'"version": 1', b'"version": 2'))
