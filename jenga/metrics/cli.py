@@ -27,14 +27,13 @@ def metrics(
         return
     console = Console()
     for source, title in page.TITLES.items():
-        table = Table("metric", "kind", "unit", "labels", "meaning", "may be summed", title=title, title_justify="left")
-        table.columns[0].no_wrap = True
+        table = Table("metric", "meaning", title=title, title_justify="left", show_lines=True)
         for m in METRICS:
             if m.source == source:
-                labels = ", ".join(f"{x.name}={'|'.join(x.values)}" if x.values else x.name for x in m.labels)
-                table.add_row(m.name, m.kind, m.unit, labels, m.meaning, m.sums)
+                labels = "".join(f"\n{x.name}: {', '.join(x.values) or x.meaning}" for x in m.labels)
+                table.add_row(f"{m.name}\n[dim]{m.kind}, {m.unit}[/]", f"{m.meaning}[dim]{labels}\nsums: {m.sums}[/]")
         console.print(table)
-    table = Table("metric", "kind", "unit", "meaning", title="From vLLM", title_justify="left")
+    table = Table("metric", "meaning", title="From vLLM", title_justify="left")
     for one in VLLM_METRICS:
-        table.add_row(one.name, one.kind, one.unit, one.meaning)
+        table.add_row(f"{one.name}\n[dim]{one.kind}, {one.unit}[/]", one.meaning)
     console.print(table)

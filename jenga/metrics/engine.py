@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from jenga.allocator import CLOCK_HZ, EVICTION_CAUSES, Counters, TwoLevelAllocator
+from jenga.allocator import AGE_BUCKETS, CLOCK_HZ, EVICTION_CAUSES, Counters, TwoLevelAllocator
 from jenga.metrics.definitions import CHECKPOINT_CAUSES, EVICTION_BUCKETS, REGISTRY
 from jenga.metrics.memory import MemorySnapshot, check_schema
 from jenga.metrics.samples import Observed, Sample, memory_samples
@@ -100,19 +100,22 @@ class EngineReport:
         return msgspec.convert(data, cls)
 
 
+# The allocator's buckets end at powers of two, and so do these: some of its make one of ours.
+_ENDS = [round(end * CLOCK_HZ).bit_length() for end in EVICTION_BUCKETS]
+_CUTS = [slice(a, b) for a, b in zip([0, *_ENDS], [*_ENDS, AGE_BUCKETS], strict=True)]
+_NO_AGES = Observed((0,) * len(_CUTS), (0.0,) * len(_CUTS))
+
+
 def eviction_ages(allocator: TwoLevelAllocator) -> tuple[Observed, ...]:
     """The allocator's evictions by age, in the buckets that are exported."""
     found = []
-    ends = [round(end * CLOCK_HZ).bit_length() - 1 for end in EVICTION_BUCKETS]  # powers of two, as its buckets are
     for group in range(len(allocator.ratios)):
         numbers, sums = allocator.eviction_ages(group)
-        cuts = list(zip([0, *(end + 1 for end in ends)], [*(end + 1 for end in ends), len(numbers)], strict=True))
-        found.append(
-            Observed(
-                tuple(sum(numbers[a:b]) for a, b in cuts),
-                tuple(sum(sums[a:b]) / CLOCK_HZ for a, b in cuts),
-            )
-        )
+        if any(numbers):
+            counts = tuple(sum(numbers[cut]) for cut in _CUTS)
+            found.append(Observed(counts, tuple(sum(sums[cut]) / CLOCK_HZ for cut in _CUTS)))
+        else:
+            found.append(_NO_AGES)
     return tuple(found)
 
 

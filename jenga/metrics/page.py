@@ -47,9 +47,10 @@ An exporter refuses any other value, and says so once in its log.
 
 _STOCK = """## What stock vLLM would waste
 
-`jenga_stock_held_bytes`: at start vLLM's own planner is asked for its groups and blocks for the same layers; a report adds
-up the blocks that the present requests would hold there (lengths in steps of 16 tokens; a prefix that requests share
-counts once). Beside `jenga_stock_wasted_bytes` stands our own waste, the causes `tail`, `droppable`, `padding` and `stranded`:
+`jenga_stock_held_bytes`: at start vLLM's own planner is asked for its groups and blocks for the same layers; a report
+adds up the blocks that the present requests would hold there (lengths in steps of 16 tokens; a prefix that requests
+share counts once). Beside `jenga_stock_wasted_bytes` stands our own waste, the causes `tail`, `droppable`, `padding`
+and `stranded`:
 
     sum by (replica) (ray_jenga_memory_bytes{state=~"tail|droppable|padding|stranded"})
 

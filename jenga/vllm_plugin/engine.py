@@ -34,8 +34,9 @@ def jenga_memory(self: EngineCore) -> dict[str, Any] | None:
 def report(coordinator: JengaCoordinator, scheduler: Any) -> EngineReport:
     """The engine now; O(requests)."""
     config, allocator = coordinator.kv_cache_config, coordinator.allocator
-    resident = residency(coordinator, scheduler)
-    memory = memory_snapshot(config.layout, allocator.usage(), config.kv_cache_tensors[0].size, resident.uses)
+    usage = allocator.usage()
+    resident = residency(coordinator, scheduler, usage)
+    memory = memory_snapshot(config.layout, usage, config.kv_cache_tensors[0].size, resident.uses)
     indices = [pool.cached_block_hash_to_block for pool in coordinator.pools]
     return EngineReport(
         time=time.time(),

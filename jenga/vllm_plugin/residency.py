@@ -15,6 +15,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import CrossAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
+from jenga.allocator import Usage
 from jenga.metrics.memory import LiveUse
 from jenga.policies import LayerPolicy
 from jenga.vllm_plugin.coordinator import FAR, JengaCoordinator
@@ -34,10 +35,10 @@ class Residency:
     """Tokens in pages that are shared, counted once for each holder but one."""
 
 
-def residency(coordinator: JengaCoordinator, scheduler: Any) -> Residency:
-    """The present one; O(requests)."""
+def residency(coordinator: JengaCoordinator, scheduler: Any, usage: Usage) -> Residency:
+    """The present one, where the pool is in the state `usage`; O(requests)."""
     layout, managers = coordinator.kv_cache_config.layout, coordinator.single_type_managers
-    live = [group.live for group in coordinator.allocator.usage().groups]
+    live = [group.live for group in usage.groups]
     requests = [r for r in scheduler.requests.values() if r.num_computed_tokens and r.request_id in coordinator.marks]
     lengths = [r.num_computed_tokens for r in requests]
     encoder_tokens = 0

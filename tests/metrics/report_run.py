@@ -64,7 +64,7 @@ def main() -> None:
     seen: dict[str, int] = {"reports": 0, "shared": 0, "droppable": 0, "waiting": 0, "stock": 0}
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        found = residency(coordinator, scheduler)
+        found = residency(coordinator, scheduler, coordinator.allocator.usage())
         uses = [
             (u.held, u.needed, u.empty_tokens if p.group.policy.token_pages else 0)
             for u, p in zip(found.uses, coordinator.kv_cache_config.layout.groups, strict=True)
