@@ -149,34 +149,37 @@ def _replica(replica: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Text("  no report: the engine is starting, or vLLM's own memory manager is in charge (JENGA=0)", "dim")
         return
     memory, hits, requests = report["memory"], report["hits"], report["requests"]
-    rate = f"{hits['hit_tokens'] / hits['lookup_tokens']:.1%}" if hits["lookup_tokens"] else "none"
+    rate = f" ({hits['hit_tokens'] / hits['lookup_tokens']:.1%})" if hits["lookup_tokens"] else ""
+    yield Text(f"  requests: {requests['resident']:,} resident, {requests['waiting']:,} waiting")
     yield Text(
-        f"  requests: {requests['resident']:,} resident, {requests['waiting']:,} waiting    "
-        f"hits: {hits['hit_requests']:,} of {hits['requests']:,} requests, {hits['hit_tokens']:,} of "
-        f"{hits['lookup_tokens']:,} tokens ({rate})"
+        f"  hits: {hits['hit_requests']:,} of {hits['requests']:,} requests, {hits['hit_tokens']:,} of "
+        f"{hits['lookup_tokens']:,} tokens{rate}"
     )
     yield Padding(_by_cause(memory), (0, 0, 0, 2))
     yield Padding(_by_group(memory), (0, 0, 0, 2))
+    yield Text(
+        f"  large pages of {format_size(memory['large_page_bytes'])}: {memory['large_pages']:,}, of them "
+        f"{memory['free_large_pages']:,} free, {memory['reserved_large_pages']:,} reserved"
+    )
 
 
 def _by_cause(memory: Mapping[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for justify in ("left", "left", "right", "right"):
+        table.add_column(justify=justify)
     whole = memory["buffer_bytes"]
     for cause in (*GROUP_CAUSES, *POOL_CAUSES):
         key = f"{cause}_bytes"
         size = memory[key] if key in memory else sum(group[key] for group in memory["groups"])
-        bar, amount = Bar(whole, 0, size, width=_BAR), Text(format_size(size), justify="right")
-        table.add_row(cause, bar, amount, f"{size / whole:6.1%}")
+        table.add_row(cause, Bar(whole, 0, size, width=_BAR), format_size(size), f"{size / whole:.1%}")
     return table
 
 
 def _by_group(memory: Mapping[str, Any]) -> Table:
-    table = Table("group", "layer type", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table("group", box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for column in ("live pages", "cached pages", "empty slots", "large pages"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for group in memory["groups"]:
         counts = (group[name] for name in ("live_pages", "cached_pages", "stranded_pages", "large_pages"))
-        table.add_row(group["name"], group["kind"], *(f"{count:,}" for count in counts))
-    free, reserved = memory["free_large_pages"], memory["reserved_large_pages"]
-    table.add_row("(pool)", f"{free:,} free, {reserved:,} reserved", "", "", "", f"{memory['large_pages']:,}")
+        table.add_row(group["name"], *(f"{count:,}" for count in counts))
     return table
