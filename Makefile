@@ -5,10 +5,10 @@ FLAVOUR ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve stop status test test-vllm lint lock clean
+.PHONY: help install serve stop status test test-dashboards test-vllm lint lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s%s\n", $$1, $$2}' Makefile
 
 install: ## Make .venv, or bring it up to date (FLAVOUR=gpu for CUDA; PYTHON=python3.12 to choose the Python)
 	@python=$$(PYTHON="$(PYTHON)" sh scripts/find-python.sh) && \
@@ -29,6 +29,9 @@ test: install ## Run the whole test suite, ruff and mypy included
 
 test-vllm: install ## Run vLLM's own tests of cache and scheduler with Jenga, beside stock (network; TESTS=files, LIST=check)
 	@$(BIN)/python scripts/test_vllm.py $(if $(filter check,$(LIST)),--check-list) $(TESTS)
+
+test-dashboards: install ## Dashboards and alerts on real engines and a real Prometheus (15 minutes; PICTURES=docs/img keeps the pictures)
+	@JENGA_PICTURES="$(PICTURES)" $(BIN)/python -m pytest -s tests/dashboards tests/dashboards/live/proof.py
 
 lint: install ## Run ruff and mypy only
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
