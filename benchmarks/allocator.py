@@ -24,7 +24,7 @@ import random
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,35 +145,45 @@ def stock_operations(planned: KVCacheConfig, requests: int, prompts: list[Reques
 
 
 def jenga_operations(planned: JengaKVCacheConfig, requests: int) -> Times:
-    """The same for `TwoLevelAllocator`, whose evictions take their entry out of a dict of hashes."""
-    ratios, held_by = planned.ratios, pages_held(planned)
-    large = requests * sum(-(-pages // r) for r, pages in zip(ratios, held_by, strict=True)) + 1
+    """The same for `TwoLevelAllocator`, whose evictions take their entry out of a dict of hashes.
+
+    A layer type's pages are one group, whatever parts they are cut into; where the parts lie is asked as well.
+    """
+    ratios, widths = planned.layout.ratios, planned.layout.parts
+    held_by = pages_held(planned)[: len(ratios)]  # a type's first part has its number
+    large = requests * sum(-(-n // r) * w for r, w, n in zip(ratios, widths, held_by, strict=True)) + 1
     index: list[dict[int, int]] = [{} for _ in ratios]
-    pool = TwoLevelAllocator(large, ratios, on_evict=lambda group, page: index[group].pop(page, None))
+    pool = TwoLevelAllocator(large, ratios, widths=widths, on_evict=lambda group, page: index[group].pop(page, None))
     held: list[list[list[int]]] = []
     groups = range(len(ratios))
 
     def allocate() -> None:
         for _ in range(requests):
             held.append([pool.allocate(g, held_by[g]) for g in groups])
+            for g in groups:
+                pool.parts(g, held[-1][g])
+
+    def runs(g: int, pages: Iterable[int]) -> Iterator[list[int]]:
+        ratio, run = ratios[g], list[int]()
+        for page in pages:
+            if run and page // ratio != run[0] // ratio:
+                yield run
+                run = []
+            run.append(page)
+        yield run
 
     def free() -> None:
         pool.tick()
         for pages in held:
             for g in groups:
-                ratio, run = ratios[g], []
-                for page in reversed(pages[g]):
-                    if run and page // ratio != run[0] // ratio:
-                        pool.release_run(g, run, True)
-                        run = []
-                    run.append(page)
-                pool.release_run(g, run, True)
+                for run in runs(g, reversed(pages[g])):
+                    pool.release_run(g, run, True)
 
     def revive() -> None:
         for pages in held:
             for g in groups:
-                for page in pages[g]:
-                    pool.revive(g, page)
+                for run in runs(g, pages[g]):
+                    pool.revive_run(g, run)
 
     def admit() -> None:
         for _ in range(requests):

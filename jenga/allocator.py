@@ -14,9 +14,9 @@ Where a small page comes from, in this order:
    come back whole when it ends.  Everything smaller shares (measured on vLLM: at 130 small pages per
    large one, private large pages cost as much as stock's inflated blocks);
 2. a free slot of a partly live large page, the fullest first, so that emptier ones drain and come free;
-3. while at most one large page in `SCARCE` is free: the oldest cached page of the fullest partly live large page.  No
-   other group can use it, and every group can use a large page.  (Taking large pages first lets cached pages
-   spread over ever more large pages, none of which drains: simulated, a fifth of the buffer on Jamba);
+3. while at most one large page in `SCARCE` is free, or too few for the group: the oldest cached page of the fullest
+   partly live large page.  No other group can use it, and every group can use a large page.  (Taking large pages first
+   lets cached pages spread over ever more large pages, none of which drains: simulated, a fifth of Jamba's buffer);
 4. a free large page;
 5. a free slot of an evictable large page of the same group;
 6. the large page, of any group, that has been evictable longest (balanced eviction: what one layer type keeps beyond
@@ -39,6 +39,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
+from operator import add
 
 
 class PageState(IntEnum):
@@ -123,8 +125,8 @@ class _Group:
 
     __slots__ = (
         "ages",
+        "beside",
         "cached_pages",
-        "companions",
         "evicted",
         "live_pages",
         "mask",
@@ -141,8 +143,8 @@ class _Group:
     def __init__(self, ratio: int, width: int, large_pages: int, reserved: int) -> None:
         self.ratio = ratio
         self.width = width
-        # Of a wide group: the other large pages of every lead; a reserved one is its own.
-        self.companions = {large: (large,) * (width - 1) for large in range(reserved)}
+        # Of a wide group, by lead: how many small pages further the other parts of its pages lie.
+        self.beside = dict.fromkeys(range(reserved), (0,) * (width - 1))
         self.state = bytearray(large_pages * ratio)
         # partial[n]: large pages with n live pages and at least one free slot; bit n of mask: partial[n] is
         # not empty.  So the fullest one is found without a search.
@@ -229,13 +231,12 @@ class TwoLevelAllocator:
         ``parts[i][n]`` is part ``i`` of ``pages[n]``; the first part's numbers are `pages`.
         """
         g = self._groups[group]
-        numbers = [list(pages)]
-        if g.width > 1:
-            ratio = g.ratio
-            beside = [g.companions[page // ratio] for page in pages]
-            slots = [page % ratio for page in pages]
-            numbers += ([c[i] * ratio + s for c, s in zip(beside, slots, strict=True)] for i in range(g.width - 1))
-        return numbers
+        if g.width == 1:
+            return [list(pages)]
+        if not pages:
+            return [[] for _ in range(g.width)]
+        further = zip(*[g.beside[page // g.ratio] for page in pages], strict=True)
+        return [list(pages), *(list(map(add, pages, distances)) for distances in further)]
 
     def state(self, group: int, page: int) -> PageState:
         """State of a small page.
@@ -317,9 +318,12 @@ class TwoLevelAllocator:
             )
         pages: list[int] = []
         left = count
-        while left >= g.ratio and len(self._free) >= g.width <= self._spare(group):
-            pages.extend(self._grant_whole(group, g))
-            left -= g.ratio
+        if left >= g.ratio:
+            # Each takes from the free list what it takes from the spare ones.
+            whole = min(left // g.ratio, len(self._free) // g.width, self._spare(group) // g.width)
+            for _ in range(whole):
+                pages.extend(self._grant_whole(group, g))
+            left -= max(0, whole) * g.ratio
         while left > 0:
             shared = self._grant_shared(group, g, left)
             pages.extend(shared)
@@ -341,7 +345,7 @@ class TwoLevelAllocator:
         Raises:
             PageError: one of them is not live, named twice or in another large page.
         """
-        g, large = self._require_run(group, pages)
+        g, large = self._require_run(group, pages, _LIVE)
         count, now = len(pages), self._clock
         slots, cached = self._slots[large], self._cached[large]
         live = self._live[large]
@@ -382,8 +386,16 @@ class TwoLevelAllocator:
         Raises:
             PageError: it is not cached.
         """
-        g = self._require(group, page, _CACHED)
-        self._enliven(g, page // g.ratio, page)
+        self.revive_run(group, (page,))
+
+    def revive_run(self, group: int, pages: Sequence[int]) -> None:
+        """`revive` for each of `pages`, which all lie in one large page.
+
+        Raises:
+            PageError: one of them is not cached, named twice or in another large page.
+        """
+        g, large = self._require_run(group, pages, _CACHED)
+        self._enliven(g, large, pages)
 
     def forget(self, group: int, page: int) -> None:
         """A cached page's contents are worthless now: it becomes free.  `on_evict` is not called.
@@ -448,8 +460,10 @@ class TwoLevelAllocator:
 
     def lead(self, large: int) -> int:
         """The large page under which one is booked: of a wide group the lead, else itself.  O(leads)."""
-        companions = {} if self._owner[large] < 0 else self._groups[self._owner[large]].companions
-        return next((lead for lead, others in companions.items() if large in others), large)
+        if self._owner[large] < 0:
+            return large
+        g = self._groups[self._owner[large]]
+        return next((lead for lead in g.beside if large in self._companions(g, lead)), large)
 
     @property
     def clock(self) -> int:
@@ -465,8 +479,8 @@ class TwoLevelAllocator:
         states = []
         for g in self._groups:
             state, ratio = bytearray(g.state), g.ratio
-            for lead, others in g.companions.items():
-                for large in others:
+            for lead in g.beside:
+                for large in self._companions(g, lead):
                     state[large * ratio : (large + 1) * ratio] = g.state[lead * ratio : (lead + 1) * ratio]
             states.append(bytes(state))
         return array("b", self._owner).tobytes(), tuple(states)
@@ -485,11 +499,10 @@ class TwoLevelAllocator:
         assert len(free) == len(self._free), "a large page is twice in the free list"
         for index, g in enumerate(self._groups):
             owned = {p for p, o in enumerate(self._owner) if o == index}
-            leads = owned & (g.companions.keys() if g.width > 1 else owned)
-            others = [p for lead in leads for p in g.companions.get(lead, ())]
+            leads = owned & (g.beside.keys() if g.width > 1 else owned)
+            others = [p for lead in leads for p in self._companions(g, lead)]
             assert len(leads) == g.owned, f"group {index}: {g.owned} leads booked, {len(leads)} owned"
             assert sorted([*leads, *others]) == sorted(owned), f"group {index}: companions are wrong"
-            assert all(len(g.companions[lead]) == g.width - 1 for lead in leads if g.width > 1)
             totals = [0, 0, 0]
             open_slots = 0
             for large in range(self.large_pages):
@@ -544,16 +557,16 @@ class TwoLevelAllocator:
             f"small page {page} of group {group} is {found.name.lower()}, not {PageState(wanted).name.lower()}"
         )
 
-    def _require_run(self, group: int, pages: Sequence[int]) -> tuple[_Group, int]:
-        """The group and the large page, if `pages` are different live pages of one large page."""
-        g = self._require(group, pages[0], _LIVE)
+    def _require_run(self, group: int, pages: Sequence[int], wanted: int) -> tuple[_Group, int]:
+        """The group and the large page, if `pages` are different pages of one large page in state `wanted`."""
+        g = self._require(group, pages[0], wanted)
         large = pages[0] // g.ratio
         if len(pages) > 1:
             for page in pages:
                 if page // g.ratio != large:
                     raise PageError(f"small page {page} of group {group} is not in large page {large}, as the first is")
-                if g.state[page] != _LIVE:
-                    self._require(group, page, _LIVE)
+                if g.state[page] != wanted:
+                    self._require(group, page, wanted)
             if len(set(pages)) != len(pages):
                 raise PageError(f"a small page of group {group} is named twice: {sorted(pages)}")
         return g, large
@@ -585,24 +598,27 @@ class TwoLevelAllocator:
         if not cached and self._live[large]:
             self._unmix(g, large, self._live[large])
 
-    def _enliven(self, g: _Group, large: int, page: int) -> None:
-        """A cached page becomes live."""
-        self._uncache(g, large, page)
-        g.state[page] = _LIVE
-        g.live_pages += 1
+    def _enliven(self, g: _Group, large: int, pages: Sequence[int]) -> None:
+        """Cached pages of one large page become live."""
+        cached, state, count = self._cached[large], g.state, len(pages)
+        for page in pages:
+            del cached[page]
+            state[page] = _LIVE
+        g.cached_pages -= count
+        g.live_pages += count
         live = self._live[large]
-        self._live[large] = live + 1
+        now = self._live[large] = live + count
         if self._slots[large]:
             self._unbucket(g, large, live)
-            self._bucket(g, large, live + 1)
+            self._bucket(g, large, now)
         if live:
-            g.open_slots -= 1
-            if self._cached[large]:
-                self._unmix(g, large, live)
-                self._mix(g, large, live + 1)
+            g.open_slots -= count
+            self._unmix(g, large, live)
+            if cached:
+                self._mix(g, large, now)
         else:
             self._leave_evictable(g, large)
-            g.open_slots += g.ratio - 1
+            g.open_slots += g.ratio - count
 
     def _leave_evictable(self, g: _Group, large: int) -> None:
         """A large page without live pages gets one."""
@@ -622,9 +638,11 @@ class TwoLevelAllocator:
         g.owned -= 1
         self._free.append(large)
         if g.width > 1:
-            for other in g.companions.pop(large):
+            others = self._companions(g, large)
+            del g.beside[large]
+            for other in others:
                 self._owner[other] = UNOWNED
-                self._free.append(other)
+            self._free += others
 
     def _evict_large(self, large: int) -> None:
         """Empty an evictable large page and put it on the free list."""
@@ -642,15 +660,19 @@ class TwoLevelAllocator:
         self._evicted_large += g.width
         self._return_large(g, large)
 
+    @staticmethod
+    def _companions(g: _Group, lead: int) -> list[int]:
+        return [lead + distance // g.ratio for distance in g.beside.get(lead, ())]
+
     def _own(self, index: int, g: _Group) -> int:
         large = self._free.pop()
         self._owner[large] = index
         g.owned += 1
         if g.width > 1:
-            others = tuple(self._free.pop() for _ in range(g.width - 1))
+            others = [self._free.pop() for _ in range(g.width - 1)]
             for other in others:
                 self._owner[other] = index
-            g.companions[large] = others
+            g.beside[large] = tuple([(other - large) * g.ratio for other in others])
         return large
 
     def _grant_whole(self, index: int, g: _Group) -> range:
@@ -671,18 +693,18 @@ class TwoLevelAllocator:
         if partly_live:
             fullest = g.partial[partly_live.bit_length() - 1]
             return self._take_slots(g, next(iter(fullest)), count)
-        spare = self._spare(index)
+        spare, free = self._spare(index), len(self._free)
         fullest_mixed = next(iter(g.mixed[g.mixed_mask.bit_length() - 1])) if g.mixed_mask else None
-        if fullest_mixed is not None and (spare < g.width or len(self._free) * SCARCE <= self.large_pages):
-            return [self._reuse_cached(index, g, fullest_mixed)]
+        if fullest_mixed is not None and (min(spare, free) < g.width or free * SCARCE <= self.large_pages):
+            return self._reuse_cached(index, g, fullest_mixed, count)
         assert spare >= g.width, "allocate has counted the open slots"
-        if len(self._free) >= g.width:
+        if free >= g.width:
             return self._take_slots(g, self._carve(index, g), count)
         if g.mask:  # a free slot in an evictable page of the group: nothing need be evicted
             return self._take_slots(g, next(iter(g.partial[0])), count)
         oldest = next(iter(self._evictable))
         if self._owner[oldest] == index:  # its other pages can stay cached
-            return [self._reuse_cached(index, g, oldest)]
+            return self._reuse_cached(index, g, oldest, count)
         self._evict_large(oldest)
         return self._take_slots(g, self._carve(index, g), count) if len(self._free) >= g.width else []
 
@@ -727,11 +749,15 @@ class TwoLevelAllocator:
         if not bucket:
             g.mixed_mask &= ~(1 << live)
 
-    def _reuse_cached(self, index: int, g: _Group, large: int) -> int:
-        """Evict the least recently used cached page of an owned large page and grant its place."""
-        page, stamp = next(iter(self._cached[large].items()))
-        g.evict(_BESIDE_LIVE if self._live[large] else _OWN_OLDEST, 1, self._clock - stamp)
-        if self._on_evict is not None:
-            self._on_evict(index, page)
-        self._enliven(g, large, page)
-        return page
+    def _reuse_cached(self, index: int, g: _Group, large: int, count: int) -> list[int]:
+        """Evict up to `count` cached pages of an owned large page, the oldest first, and grant their places."""
+        cause = _BESIDE_LIVE if self._live[large] else _OWN_OLDEST
+        pages = []
+        for page, stamp in islice(self._cached[large].items(), count):
+            g.evict(cause, 1, self._clock - stamp)
+            if self._on_evict is not None:
+                self._on_evict(index, page)
+            pages.append(page)
+            cause = _BESIDE_LIVE
+        self._enliven(g, large, pages)
+        return pages

@@ -164,7 +164,9 @@ class Model:
         live = {n: list(self.inside(g, n).values()).count(LIVE) for n in with_slot}
         if any(live.values()):
             assert live.get(large) == max(live.values()), "step 2: not a slot of the fullest"
-        elif self.mixed(g) and (len(self.free_large()) * SCARCE <= self.large_pages or self.spare(g) < width):
+        elif self.mixed(g) and (
+            len(self.free_large()) * SCARCE <= self.large_pages or min(len(self.free_large()), self.spare(g)) < width
+        ):
             mixed = self.mixed(g)
             assert mixed.get(large) == max(mixed.values()), "step 3: not the fullest with something cached"
             self.evict(g, self.first_cached(g, large), events)
@@ -331,6 +333,24 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.model.set(g, page, LIVE)
 
     @rule(data=st.data())
+    def revive_run(self, data):
+        """Cached pages of one large page at once: the same as one after the other."""
+        g = self.group(data)
+        if not (cached := self.pages_in(g, PageState.CACHED)):
+            return
+        ratio = self.model.ratios[g]
+        large = data.draw(st.sampled_from(cached), label="page") // ratio
+        mine = [page for page in cached if page // ratio == large]
+        pages = data.draw(st.lists(st.sampled_from(mine), unique=True, min_size=1), label="pages")
+        others = [page for page in range(self.model.large_pages * ratio) if page not in mine]
+        for wrong in {pages[0], *others[:2], *others[-2:]}:
+            words = f"small page {wrong} of group {g} is|named twice"
+            self.unchanged(PageError, words, lambda bad=wrong: self.pool.revive_run(g, [*pages, bad]))
+        self.pool.revive_run(g, pages)
+        for page in pages:
+            self.model.set(g, page, LIVE)
+
+    @rule(data=st.data())
     def forget(self, data):
         g = self.group(data)
         if cached := self.pages_in(g, PageState.CACHED):
@@ -472,7 +492,7 @@ class EmptiestMixedFirst(TwoLevelAllocator):
     def _grant_shared(self, index, g, count):
         mask = g.mixed_mask
         if mask and not g.mask & ~1 and len(self._free) * SCARCE <= self.large_pages:
-            return [self._reuse_cached(index, g, next(iter(g.mixed[(mask & -mask).bit_length() - 1])))]
+            return self._reuse_cached(index, g, next(iter(g.mixed[(mask & -mask).bit_length() - 1])), count)
         return super()._grant_shared(index, g, count)
 
 
@@ -536,13 +556,18 @@ class CountsARunAsOne(TwoLevelAllocator):
 
 
 class SwallowsBadRuns(TwoLevelAllocator):
-    def _require_run(self, group, pages):
-        return super()._require_run(group, pages[:1])
+    def _require_run(self, group, pages, wanted):
+        return super()._require_run(group, pages[:1], wanted)
+
+
+class RevivesTheFirstOfARun(TwoLevelAllocator):
+    def revive_run(self, group, pages):
+        super().revive_run(group, pages[:1])
 
 
 class LosesCompanions(TwoLevelAllocator):
     def _return_large(self, g, large):
-        others = g.companions.get(large, ())
+        others = self._companions(g, large)
         super()._return_large(g, large)
         if others:
             self._free.remove(others[-1])
@@ -552,10 +577,10 @@ class SharesCompanions(TwoLevelAllocator):
     """A second lead gets the companions of the first."""
 
     def _own(self, index, g):
-        taken = next(iter(g.companions.values()), None)
+        first = next((lead for lead in g.beside if lead >= self.reserved), None)
         large = super()._own(index, g)
-        if taken and taken[0] >= self.reserved:
-            g.companions[large] = taken
+        if first is not None:
+            g.beside[large] = tuple((n - large) * g.ratio for n in self._companions(g, first))
         return large
 
 
@@ -582,7 +607,7 @@ class NeedsOneLargePageEach(TwoLevelAllocator):
 class EvictsBeforeItMust(TwoLevelAllocator):
     def _grant_shared(self, index, g, count):
         if g.mixed_mask:
-            return [self._reuse_cached(index, g, next(iter(g.mixed[g.mixed_mask.bit_length() - 1])))]
+            return self._reuse_cached(index, g, next(iter(g.mixed[g.mixed_mask.bit_length() - 1])), count)
         return super()._grant_shared(index, g, count)
 
 
@@ -605,6 +630,7 @@ MUTANTS = [
     TakesRunsBackwards,
     CountsARunAsOne,
     SwallowsBadRuns,
+    RevivesTheFirstOfARun,
     LosesCompanions,
     SharesCompanions,
     CountsCompanionsAsGone,
@@ -628,7 +654,8 @@ def test_the_model_finds_the_fault(mutant):
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    broken = (AssertionError, KeyError, IndexError, ValueError, OutOfPagesError, PageError, pytest.fail.Exception)
+    lookups = (KeyError, IndexError, ValueError, StopIteration)
+    broken = (AssertionError, *lookups, OutOfPagesError, PageError, pytest.fail.Exception)
     with pytest.raises(broken):
         run_state_machine_as_test(machine, settings=thorough)
 

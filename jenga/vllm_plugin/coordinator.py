@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from operator import itemgetter
 from time import monotonic
 from typing import Any, cast
@@ -21,7 +21,7 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
     resolve_block_hashes,
 )
-from vllm.v1.core.single_type_kv_cache_manager import CrossAttentionManager, SingleTypeKVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import CrossAttentionManager, MambaManager, SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from jenga.allocator import CLOCK_HZ, PageState, TwoLevelAllocator
@@ -39,6 +39,9 @@ Blocks = tuple[list[KVCacheBlock], ...]
 
 FAR = 1 << 40
 """Tokens; longer than any sequence."""
+
+REMEMBERED = 1 << 15
+"""Lengths for which is remembered when they drop something next: a few MiB."""
 
 ANSWER_SHARE = 0.5
 """Most of the available large pages that the ends of running answers may take: the rest is for what others share."""
@@ -79,7 +82,10 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         self._giving_up: list[StateManager] = []  # whose kept states the latest needs let be overwritten
         self._policies = tuple(g.group.policy for g in layout.groups)
         self._steady = not self.eagle_group_ids and all(map(is_steady, self.single_type_managers))
+        # A state that moves on may leave a page behind, to be dropped with the next step.
+        self._leaves_behind = any(isinstance(m, MambaManager) for m in self.single_type_managers)
         self.marks: dict[str, Marks] = {}
+        self._next_drop = lru_cache(REMEMBERED)(self._find_next_drop)
         self._first_needed = [
             partial(policy.resident_from, page_tokens=size)
             for policy, size in zip(self._policies, self.group_block_sizes, strict=True)
@@ -175,7 +181,8 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
             self._count_hit()
             self.refusals.admitted(request_id)
             marks = self.marks[request_id] = Marks()
-        marks.droppable = 0  # a state that moved on may have left a page behind
+        if self._leaves_behind:
+            marks.droppable = 0
         if self._steady:
             marks.slots = min([len(m.req_to_blocks[request_id]) * m.block_size for m in self.single_type_managers])
         return blocks
@@ -230,7 +237,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         if marks is not None and self._steady:
             marks.droppable = self._next_drop(processed_computed_tokens)
 
-    def _next_drop(self, tokens: int) -> int:
+    def _find_next_drop(self, tokens: int) -> int:
         """Fewest computed tokens, above `tokens` and at most a block above it, that may make a page needless."""
         ahead = range(tokens + 1, tokens + 1 + self.scheduler_block_size)
         return ahead.start + min(

@@ -73,14 +73,21 @@ class GroupPool(BlockPool):
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
         """One more reference to each block; a cached one becomes live."""
+        ratio = self.allocator.ratios[self.group]
+        run: list[int] = []  # of one large page
         for block in blocks:
             if block.is_null:
                 continue
             if block.ref_cnt == 0:
-                self.allocator.revive(self.group, block.block_id)
+                if run and run[0] // ratio != block.block_id // ratio:
+                    self.allocator.revive_run(self.group, run)
+                    run = []
+                run.append(block.block_id)
             block.ref_cnt += 1
             if self.metrics_collector:
                 self.metrics_collector.on_block_accessed(block)
+        if run:
+            self.allocator.revive_run(self.group, run)
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """One reference less to each block, first to be evicted first."""

@@ -1,7 +1,8 @@
 """Steps that change no block table of a request, told by three numbers.
 
 Most steps of a decode add one token to pages that are there: nothing to allocate, cache or drop.  vLLM finds that out
-anew in every manager, step by step; here a request's `Marks` say up to where it is so.
+anew in every manager, step by step; here a request's `Marks` say up to where it is so.  Where pages are to be cached or
+dropped, but none is missing, that is all that is done.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ def is_steady(manager: SingleTypeKVCacheManager) -> bool:
     return type(manager) in (FullAttentionManager, SlidingWindowManager, ChunkedLocalAttentionManager)
 
 
-def skipping(
-    allocate_slots: Callable[..., KVCacheBlocks | None], marks: Mapping[str, Marks], nothing: KVCacheBlocks
-) -> Callable[..., KVCacheBlocks | None]:
-    """`KVCacheManager.allocate_slots`, which for a request short of its marks has nothing to do."""
+def skipping(manager: Any, marks: Mapping[str, Marks]) -> Callable[..., KVCacheBlocks | None]:
+    """`KVCacheManager.allocate_slots`, which for a request short of its marks has little or nothing to do."""
+    allocate_slots: Callable[..., KVCacheBlocks | None] = manager.allocate_slots
+    coordinator, caching = manager.coordinator, manager.enable_caching
+    nothing: KVCacheBlocks = manager.empty_kv_cache_blocks
 
     def quick_allocate_slots(
         request: Request,
@@ -59,7 +61,13 @@ def skipping(
         if reach is not None:
             computed = request.num_computed_tokens
             tokens = computed + num_new_tokens
-            if tokens < reach.cacheable and tokens + num_lookahead_tokens <= reach.slots and computed < reach.droppable:
+            if tokens + num_lookahead_tokens <= reach.slots and not options:
+                if computed >= reach.droppable:
+                    coordinator.remove_skipped_blocks(
+                        request.request_id, max(0, computed - request.num_in_flight_tokens), request.num_prompt_tokens
+                    )
+                if caching and tokens >= reach.cacheable:
+                    coordinator.cache_blocks(request, min(tokens, request.num_tokens))
                 return nothing
         return allocate_slots(
             request, num_new_tokens, num_new_computed_tokens, new_computed_blocks, num_lookahead_tokens, **options
@@ -77,6 +85,6 @@ def install() -> None:
         original(self, *args, **kwargs)
         marks = getattr(self.coordinator, "marks", None)
         if marks is not None:
-            self.allocate_slots = skipping(self.allocate_slots, marks, self.empty_kv_cache_blocks)
+            self.allocate_slots = skipping(self, marks)
 
     setattr(KVCacheManager, "__init__", initialise)  # noqa: B010

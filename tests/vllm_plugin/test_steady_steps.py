@@ -185,7 +185,9 @@ class Twins:
         if count <= 0:
             return False
         granted = [
-            m.allocate_slots(r, count, hit, blocks, full_sequence_must_fit=first)
+            m.allocate_slots(r, count, hit, blocks, full_sequence_must_fit=True)
+            if first
+            else m.allocate_slots(r, count)
             for (m, r), (blocks, _, _) in zip(self.both(entry), found, strict=True)
         ]
         if None in granted:
