@@ -87,7 +87,10 @@ def dashboard(s: Source) -> Dashboard:
                 "Requests that each replica is working on or holds in its queue.",
                 "One replica far above the others for long: the router prefers its cache; see docs/routing.md, prices.",
             ),
-            Line(e.total(s.of_ray("ray_serve_replica_processing_queries", by=service), s.engine), "{{replica}}"),
+            Line(
+                e.total(s.of_ray("ray_serve_replica_processing_queries", by=service), s.engine),
+                "{{deployment}} {{replica}}",
+            ),
         )
     )
     board = board.with_panel(
@@ -108,7 +111,7 @@ def dashboard(s: Source) -> Dashboard:
             Text(
                 "HTTP latency",
                 "ms",
-                "From the first byte of a request to the last of its answer, at the ingress.",
+                "From the first byte of a request to the last of its answer; Ray's buckets are wide (10 s, then 60 s).",
                 "Far above Whole request (Requests): the ingress lacks CPU, add replicas of it.",
             ),
             *[Line(e.quantile(q, buckets), name) for q, name in ((0.5, "median"), (0.95, "95 %"), (0.99, "99 %"))],
@@ -120,10 +123,11 @@ def dashboard(s: Source) -> Dashboard:
             Text(
                 "Nodes",
                 "short",
-                "Nodes of the Ray cluster that are alive, by type.",
+                "Nodes of the Ray cluster that are alive.",
                 "A node that is lost takes its replicas with it; Ray starts them elsewhere where there is room.",
             ),
-            Line(e.total(s.of_ray("ray_cluster_active_nodes"), ("node_type",)), "{{node_type}}"),
+            Line(e.total(s.of_ray("ray_cluster_active_nodes")), "alive"),
+            width=8,
         )
     )
     board = board.with_panel(
@@ -135,6 +139,7 @@ def dashboard(s: Source) -> Dashboard:
                 "At 100 % on CPU flavours latencies rise with every request; on GPU nodes the ingress suffers first.",
             ),
             Line(e.total(s.of_ray("ray_node_cpu_utilization"), node), "{{ip}}"),
+            width=8,
             maximum=100,
         )
     )
@@ -150,6 +155,7 @@ def dashboard(s: Source) -> Dashboard:
                 f"{e.total(s.of_ray('ray_node_mem_used'), node)} / {e.total(s.of_ray('ray_node_mem_total'), node)}",
                 "{{ip}}",
             ),
+            width=8,
             maximum=1,
         )
     )

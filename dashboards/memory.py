@@ -139,6 +139,7 @@ def dashboard(s: Source) -> Dashboard:
             ),
             Line(e.total(large, ("group", "state")), "{{group}} {{state}}"),
             Line(e.total(s.ours("jenga_evictable_large_pages")), "of them evictable"),
+            legend_right=True,
         )
     )
     board = board.with_row(Row("Pressure"))
@@ -175,6 +176,7 @@ def dashboard(s: Source) -> Dashboard:
                 "Many, and soon after their last use: the cache is too small for what is asked again.",
             ),
             Line(e.rate(s.ours("jenga_evicted_pages_total"), ("group", "cause")), "{{group}} {{cause}}"),
+            legend_right=True,
         )
     )
     board = board.with_panel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -79,6 +80,7 @@ def series(
     line: str = "",
     colours: Mapping[str, str] | None = None,
     maximum: float | None = None,
+    legend_right: bool = False,
     width: int = 12,
     height: int = 8,
     repeat: str = "",
@@ -90,10 +92,9 @@ def series(
     panel: Any = timeseries.Panel()
     panel = _common(panel, text, lines, width, height).min(0).fill_opacity(70 if stacked else 10).line_width(1)
     panel = panel.show_points(common.VisibilityMode.NEVER)
-    legend = common_builders.VizLegendOptions().show_legend(True)
-    panel = panel.legend(
-        legend.display_mode(common.LegendDisplayMode.LIST).placement(common.LegendPlacement.BOTTOM).calcs([])
-    )
+    place = common.LegendPlacement.RIGHT if legend_right else common.LegendPlacement.BOTTOM
+    legend = common_builders.VizLegendOptions().show_legend(True).display_mode(common.LegendDisplayMode.LIST)
+    panel = panel.legend(legend.placement(place).calcs([]))
     tooltip = common_builders.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI).sort(common.SortOrder.NONE)
     panel = panel.tooltip(tooltip)
     if maximum is not None:
@@ -151,7 +152,7 @@ def heat(
 def _common(panel: Any, text: Text, lines: Any, width: int, height: int, *, buckets: bool = False) -> Any:
     panel = panel.title(text.title).description(text.description).unit(text.unit)
     panel = panel.datasource(DATASOURCE).span(width).height(height)
-    for letter, line in zip("ABCDEFGH", lines, strict=False):
+    for letter, line in zip(string.ascii_uppercase[: len(lines)], lines, strict=True):
         query = prometheus.Dataquery().expr(line.expr).legend_format(line.legend).ref_id(letter).range()
         form = PromQueryFormat.HEATMAP if buckets else PromQueryFormat.TIME_SERIES
         panel = panel.with_target(query.format(form).datasource(DATASOURCE))

@@ -17,6 +17,8 @@ def dashboard(s: Source) -> Dashboard:
     replica = f"{{{{{s.vllm_replica}}}}}"
     board = page("Jenga: Requests", UID, "Rates, latencies and preemptions, from vLLM's metrics.", s)
 
+    preempted = e.rate(s.vllm("vllm:num_preemptions"), (s.vllm_replica,))
+
     def latency(title: str, metric: str, shows: str, if_bad: str) -> Dashboard:
         lines = [Line(e.quantile(q, s.vllm(metric, part="bucket")), name) for q, name in _QUANTILES]
         return board.with_panel(series(Text(title, "s", shows, if_bad), *lines))
@@ -89,6 +91,7 @@ def dashboard(s: Source) -> Dashboard:
                 "Running requests per second that lost their memory to others and start again, by replica.",
                 "More than a few per minute: lower engine.max_num_seqs, or raise kv_memory.",
             ),
-            Line(e.rate(s.vllm("vllm:num_preemptions"), (s.vllm_replica,)), replica),
+            # vLLM's counter through Ray does not exist before the first preemption.
+            Line(f"{preempted} or 0 * {e.total(s.vllm('vllm:num_requests_running'), (s.vllm_replica,))}", replica),
         )
     )

@@ -1,0 +1,74 @@
+"""Dashboards and alerts on real engines, a real Ray Serve and a real Prometheus: `make test-dashboards`.
+
+Takes a quarter of an hour, most of it because alerts look back for minutes; so not a part of `make test`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dashboards.build import SCHEMA_GRAFANA, build_for_ray, ray_dashboards_folder
+from tests.dashboards.live import pictures
+from tests.dashboards.live.load import Load
+from tests.dashboards.live.services import Serving, prometheus, require_programs, serving, wait_for
+
+pytestmark = pytest.mark.timeout(1800)
+# JengaReplicaDown asks what was wanted for five minutes.
+_LOAD_S = 330
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    require_programs()
+    folder = tmp_path_factory.mktemp("live")
+    with serving(folder) as running, prometheus(running, folder):
+        yield running
+
+
+def firing(served: Serving) -> set[str]:
+    return set(served.value('ALERTS{alertstate="firing"}'))
+
+
+def test_every_panel_has_data_and_replica_down_fires_and_clears(served: Serving, tmp_path: Path) -> None:
+    with Load(served.record.url) as load:
+        time.sleep(_LOAD_S)
+        checked = served.check(minutes=4)
+        print(checked.stdout)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+
+        # What Prometheus has adds up, for every replica, at every scrape.
+        buffer = served.value("ray_jenga_buffer_bytes")
+        assert len(buffer) == 2
+        assert served.value("sum by (replica) (ray_jenga_memory_bytes)") == buffer
+
+        assert "JengaReplicaDown" not in firing(served)
+        victim = served.engine_processes()[0]
+        victim.send_signal(signal.SIGKILL)
+        fired = wait_for("JengaReplicaDown fires", lambda: "JengaReplicaDown" in firing(served), 120)
+        cleared = wait_for("JengaReplicaDown clears", lambda: "JengaReplicaDown" not in firing(served), 300)
+        print(f"JengaReplicaDown: fired after {fired:.0f} s, cleared {cleared:.0f} s later")
+        assert len(served.engine_processes()) == 2
+        time.sleep(60)
+        pictures.collect(served, tmp_path, minutes=10)
+    print("answers by status:", load.statuses)
+    assert load.statuses.get(200, 0) > 100
+    drawn = pictures.draw(tmp_path)
+    assert drawn
+    if target := os.environ.get("JENGA_PICTURES"):
+        pictures.keep(drawn, Path(target))
+
+
+def test_beside_the_dashboards_that_ray_wrote(served: Serving) -> None:
+    session = next(Path(served.record.ray_dir).glob("*/session_2*"))
+    folder = ray_dashboards_folder(session)
+    theirs = set(folder.iterdir())
+    assert len(theirs) >= 5
+    ours = set(build_for_ray(session))
+    assert ours == set(folder.iterdir()) - theirs
+    assert SCHEMA_GRAFANA
