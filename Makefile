@@ -31,7 +31,7 @@ test-vllm: install ## Run vLLM's own tests of cache and scheduler with Jenga, be
 	@$(BIN)/python scripts/test_vllm.py $(if $(filter check,$(LIST)),--check-list) $(TESTS)
 
 test-dashboards: install ## Dashboards and alerts on real engines and a real Prometheus (15 minutes; PICTURES=docs/img keeps the pictures)
-	@JENGA_PICTURES="$(PICTURES)" $(BIN)/python -m pytest -s tests/dashboards tests/dashboards/live/proof.py
+	@JENGA_PICTURES="$(PICTURES)" $(BIN)/python -m pytest -s tests/dashboards/test_*.py tests/dashboards/live/proof.py
 
 lint: install ## Run ruff and mypy only
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dashboards.build import SCHEMA_GRAFANA, build_for_ray, ray_dashboards_folder
+from dashboards import schema_check
+from dashboards.build import build_for_ray, dashboards, ray_dashboards_folder
+from dashboards.source import Source
 from tests.dashboards.live import pictures
 from tests.dashboards.live.load import Load
 from tests.dashboards.live.services import Serving, prometheus, require_programs, serving, wait_for
@@ -31,6 +33,27 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield running
 
 
+@pytest.mark.parametrize("ray", [True, False])
+def test_grafanas_own_types_accept_the_dashboards_and_refuse_wrong_ones(ray: bool) -> None:
+    require_programs()
+    pages = dashboards(Source(ray=ray))
+    folder = schema_check.default_folder()
+    assert schema_check.faults(pages, folder) == []
+    text = pages["jenga-memory"]
+    for right, wrong in (
+        ('"fillOpacity": 10', '"fillOpacity": "10"'),
+        ('"displayMode": "list"', '"displayMode": "lisp"'),
+        ('"calculate": false', '"calculat": false'),
+        ('"graphTooltip": 1', '"graphTooltip": 7'),
+        ('"format": "time_series"', '"format": "series"'),
+        ('"type": "stat"', '"type": "start"'),
+        ('"h": 8', '"h": "8"'),
+    ):
+        assert right in text
+        found = schema_check.faults({"wrong": text.replace(right, wrong)}, folder)
+        assert any(fault.startswith("wrong.json line ") for fault in found), (wrong, found)
+
+
 def firing(served: Serving) -> set[str]:
     return set(served.value('ALERTS{alertstate="firing"}'))
 
@@ -42,10 +65,11 @@ def test_every_panel_has_data_and_replica_down_fires_and_clears(served: Serving,
         print(checked.stdout)
         assert checked.returncode == 0, checked.stdout + checked.stderr
 
-        # What Prometheus has adds up, for every replica, at every scrape.
-        buffer = served.value("ray_jenga_buffer_bytes")
-        assert len(buffer) == 2
-        assert served.value("sum by (replica) (ray_jenga_memory_bytes)") == buffer
+        # What Prometheus has adds up to the buffer, for both replicas, at every scrape of the last minutes.
+        whole = "sum by (replica) (ray_jenga_memory_bytes) == bool sum by (replica) (ray_jenga_buffer_bytes)"
+        added_up = served.value(f"avg_over_time(({whole})[4m:5s])")
+        print("share of scrapes in which causes add up to the buffer:", added_up)
+        assert list(added_up.values()) == [1, 1]
 
         assert "JengaReplicaDown" not in firing(served)
         victim = served.engine_processes()[0]
@@ -71,4 +95,3 @@ def test_beside_the_dashboards_that_ray_wrote(served: Serving) -> None:
     assert len(theirs) >= 5
     ours = set(build_for_ray(session))
     assert ours == set(folder.iterdir()) - theirs
-    assert SCHEMA_GRAFANA

@@ -47,9 +47,7 @@ class Serving:
 
     def check(self, minutes: float) -> subprocess.CompletedProcess[str]:
         """`jenga dashboards check --prometheus`, where Prometheus can be reached."""
-        command = self.inside(
-            JENGA, "dashboards", "check", "--schema", "--prometheus", PROMETHEUS, "--minutes", str(minutes)
-        )
+        command = self.inside(JENGA, "dashboards", "check", "--prometheus", PROMETHEUS, "--minutes", str(minutes))
         return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
 
     def ask(self, path: str, questions: list[dict[str, Any]]) -> list[Any]:
