@@ -171,7 +171,8 @@ def _by_cause(memory: Mapping[str, Any]) -> Table:
     for cause in (*GROUP_CAUSES, *POOL_CAUSES):
         key = f"{cause}_bytes"
         size = memory[key] if key in memory else sum(group[key] for group in memory["groups"])
-        table.add_row(cause, Bar(whole, 0, size, width=_BAR), format_size(size), f"{size / whole:.1%}")
+        if size:  # a terminal has few lines
+            table.add_row(cause, Bar(whole, 0, size, width=_BAR), format_size(size), f"{size / whole:.1%}")
     return table
 
 
