@@ -2,7 +2,7 @@
 
     python benchmarks/metrics.py
 
-Two things cost: a report every two seconds (measured whole: collecting, making it plain data, encoding it as vLLM
+Two things cost: a report every three seconds (measured whole: collecting, making it plain data, encoding it as vLLM
 does), and what is counted in steps (how often each counter is met is counted, and the time of one is measured alone; a
 difference of whole steps would be lost in their noise).  Reports weigh more the fewer steps there are between two, so
 the share is given for short and for long forward passes.  Schedulers run as in `scheduler_step.py`: a full house of
@@ -32,12 +32,11 @@ from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 from vllm.v1.serial_utils import MsgpackEncoder, UtilityResult
 
 from jenga.allocator import CLOCK_HZ, TwoLevelAllocator
-from jenga.metrics.engine import EngineReport
+from jenga.metrics.engine import PERIOD, EngineReport
 from jenga.metrics.stock import StockPlan
 from jenga.models import ModelSpec
 from jenga.vllm_plugin.engine import report
 from jenga.vllm_plugin.planning import stock_group
-from jenga.vllm_plugin.stat_logger import PERIOD
 
 MODELS = ("gemma-3-27b", "falcon-h1-34b", "qwen3-next-80b")
 FORWARD_MS = (10, 50)

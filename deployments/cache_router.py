@@ -83,6 +83,7 @@ class CacheAwareRouter(RequestRouter):
             if source is not None:
                 sources[replica.replica_id.unique_id] = source
         self._event_loop.call_soon_threadsafe(self._feed.follow, sources)
+        self._event_loop.call_soon_threadsafe(self._metrics.start)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -21,14 +21,13 @@ from deployments.metrics import Exporter
 from deployments.placement import KV_IN_USE
 from deployments.router_metrics import Predictions
 from jenga.metrics import Sample
-from jenga.metrics.engine import EngineReport, report_samples
+from jenga.metrics.engine import PERIOD, EngineReport, report_samples
 
 logger = logging.getLogger("ray.serve")
 
 # Read back at most this much of a replica's log when its engine fails.
 _LOG_TAIL_BYTES = 1 << 20
-# How often the memory's state is asked for, and how long an answer may take.
-_PERIOD_S = 2.0
+# How long an answer of the engine's core may take.
 _ANSWER_S = 10.0
 # How often the engine's death is looked for, and how long the errors of its requests have to be sent.
 _WATCH_S = 0.2
@@ -179,7 +178,7 @@ class JengaServer(LLMServer):
             if data is not None:
                 self._report = data
                 exporter.publish(self._samples(data), self._whose())
-            await asyncio.sleep(_PERIOD_S)
+            await asyncio.sleep(PERIOD)
 
 
 def _reason_in(log: Path, begin: int) -> str | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
+import logging
 from collections.abc import Mapping
 
 from deployments.events import EventFeed
 from deployments.metrics import Exporter
 from jenga.metrics.definitions import REGISTRY
 from jenga.metrics.export import Series
+
+logger = logging.getLogger("ray.serve")
 
 _PERIOD_S = 2.0
 
@@ -20,31 +23,30 @@ class RouterMetrics:
         self._feed = feed
         self._exporter = exporter or Exporter()
         self._exporter.begin("router")
-        self._decision = self._exporter.series(REGISTRY["jenga_router_decision_seconds"], {})
+        self._decision = self._series("jenga_router_decision_seconds")
         self._told: dict[str, int] = {}
-        self._next = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Tell of the index from now on.  Called in an event loop, once or more often."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._tell_on())
 
     def fallback(self, reason: str) -> None:
         """A request was placed by load alone."""
-        self._exporter.series(REGISTRY["jenga_router_fallbacks_total"], {"reason": reason}).inc(1)
-        self._tell_of_the_index()
+        self._series("jenga_router_fallbacks_total", reason=reason).inc(1)
 
     def decided(self, seconds: float) -> None:
         """A request was placed by what is cached."""
         self._decision.observe(seconds)
-        self._tell_of_the_index()
 
-    def _tell_of_the_index(self) -> None:
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + _PERIOD_S
-        stats, series = self._feed.index.stats(), self._exporter.series
-        series(REGISTRY["jenga_router_index_blocks"], {}).set(stats.blocks)
-        series(REGISTRY["jenga_router_event_lag_seconds"], {}).set(self._feed.take_lag())
-        replicas = REGISTRY["jenga_router_replicas"]
-        series(replicas, {"stream": "in_order"}).set(stats.trusted)
-        series(replicas, {"stream": "uncertain"}).set(stats.replicas - stats.trusted)
+    def tell(self) -> None:
+        """Tell of the index and of its streams as they are now."""
+        stats = self._feed.index.stats()
+        self._series("jenga_router_index_blocks").set(stats.blocks)
+        self._series("jenga_router_event_lag_seconds").set(self._feed.take_lag())
+        self._series("jenga_router_replicas", stream="in_order").set(stats.trusted)
+        self._series("jenga_router_replicas", stream="uncertain").set(stats.replicas - stats.trusted)
         totals = {
             "gap": stats.gaps,
             "restart": stats.restarts,
@@ -53,9 +55,20 @@ class RouterMetrics:
         }
         for kind, total in totals.items():
             if total > self._told.get(kind, 0):
-                repairs = series(REGISTRY["jenga_router_stream_repairs_total"], {"kind": kind})
-                repairs.inc(total - self._told.get(kind, 0))
+                self._series("jenga_router_stream_repairs_total", kind=kind).inc(total - self._told.get(kind, 0))
                 self._told[kind] = total
+
+    async def _tell_on(self) -> None:
+        """Also while no request comes: Ray drops a gauge that is not set again and again."""
+        while True:
+            try:
+                self.tell()
+            except Exception as error:  # metrics must not hurt serving
+                logger.warning("the router's index is not told of: %s: %s", type(error).__name__, error)
+            await asyncio.sleep(_PERIOD_S)
+
+    def _series(self, name: str, **labels: str) -> Series:
+        return self._exporter.series(REGISTRY[name], labels)
 
 
 class Predictions:

@@ -17,23 +17,28 @@ def metrics(
 ) -> None:
     """List every metric: its unit, labels and meaning, and what may be summed."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from jenga.metrics import page
-    from jenga.metrics.definitions import METRICS, VLLM_METRICS
+    from jenga.metrics.definitions import METRICS, REGISTRY, VLLM_METRICS
 
     if markdown:
         print(page.markdown(), end="")
         return
     console = Console()
+    longest = max(
+        len(name) for name in (*REGISTRY, *(m.name for m in VLLM_METRICS))
+    )  # so that names are whole on narrow terminals
     for source, title in page.TITLES.items():
-        table = Table("metric", "meaning", title=title, title_justify="left", show_lines=True)
+        table = Table(
+            Column("metric", min_width=longest), "meaning", title=title, title_justify="left", show_lines=True
+        )
         for m in METRICS:
             if m.source == source:
                 labels = "".join(f"\n{x.name}: {', '.join(x.values) or x.meaning}" for x in m.labels)
                 table.add_row(f"{m.name}\n[dim]{m.kind}, {m.unit}[/]", f"{m.meaning}[dim]{labels}\nsums: {m.sums}[/]")
         console.print(table)
-    table = Table("metric", "meaning", title="From vLLM", title_justify="left")
+    table = Table(Column("metric", min_width=longest), "meaning", title="From vLLM", title_justify="left")
     for one in VLLM_METRICS:
         table.add_row(f"{one.name}\n[dim]{one.kind}, {one.unit}[/]", one.meaning)
     console.print(table)

@@ -24,7 +24,7 @@ def install() -> None:
 def jenga_memory(self: EngineCore) -> dict[str, Any] | None:
     """`EngineReport` as plain data, None if vLLM's own manager is in charge.
 
-    Asked for at the reader's pace (every two seconds), so that scheduler steps pay nothing for it.
+    Asked for at the reader's pace (every `jenga.metrics.engine.PERIOD`), so that scheduler steps pay nothing for it.
     """
     scheduler: Any = self.scheduler
     coordinator = scheduler.kv_cache_manager.coordinator

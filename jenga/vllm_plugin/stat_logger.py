@@ -18,15 +18,12 @@ from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from jenga.metrics.engine import EngineReport, report_samples
+from jenga.metrics.engine import PERIOD, EngineReport, report_samples
 from jenga.metrics.prometheus import Exporter
 from jenga.vllm_plugin import registered
 from jenga.vllm_plugin.adapter import check_seam
 
 logger = init_logger("vllm.jenga")
-
-PERIOD = 2.0
-"""Seconds between two questions to an engine core."""
 
 _exporter: Exporter | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -119,23 +120,26 @@ def feed(**totals: int) -> Any:
     return SimpleNamespace(index=index, replays=4, take_lag=lambda: 0.25)
 
 
-def test_a_router_tells_of_decisions_and_of_its_index(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
+@pytest.mark.asyncio
+async def test_a_router_tells_of_decisions_and_of_its_index(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.router_metrics._PERIOD_S", 0.001)
     events = feed(gaps=2, snapshots=3)
     router = RouterMetrics(events, Exporter((), ray))
-    now = 10.0
     router.decided(0.003)
     router.fallback("no tokens")
+    router.tell()
     assert ray.observed["jenga_router_decision_seconds", ()] == [0.003]
     assert ray.values["jenga_router_fallbacks_total", (("reason", "no tokens"),)] == 1
     assert ray.values["jenga_router_fallbacks_total", (("reason", "no index"),)] == 0
     assert ray.values["jenga_router_index_blocks", ()] == 7
     assert ray.values["jenga_router_event_lag_seconds", ()] == 0.25
     assert ray.values["jenga_router_replicas", (("stream", "uncertain"),)] == 1
+    ray.values["jenga_router_index_blocks", ()] = 0  # as if Ray had dropped it, since no request came
     events.replays = 6
-    now = 20.0
-    router.fallback("no index")  # the index is told of also where every request goes by load
+    router.start()
+    router.start()
+    while ray.values["jenga_router_index_blocks", ()] == 0:
+        await asyncio.sleep(0.001)
     repairs = {k: ray.values["jenga_router_stream_repairs_total", (("kind", k),)] for k in ("gap", "replay", "restart")}
     assert repairs == {"gap": 2, "replay": 6, "restart": 0}
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from prometheus_client.metrics import MetricWrapperBase
+from typer.testing import CliRunner
 from vllm.v1.metrics import loggers
 
+from jenga.metrics.cli import add_commands
 from jenga.metrics.definitions import METRICS, REGISTRY, VLLM_METRICS, DefinitionError, Label, Metric
 from jenga.metrics.page import markdown
 
@@ -75,6 +78,16 @@ def test_the_page_is_the_table() -> None:
     assert (ROOT / "docs/metrics.md").read_text() == markdown(), "run: jenga metrics --markdown > docs/metrics.md"
     for metric in METRICS:
         assert f"| `{metric.name}` | {metric.kind} | {metric.unit} |" in markdown()
+
+
+def test_the_command_lists_all() -> None:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    add_commands(app)
+    table, page = (CliRunner().invoke(app, ["metrics", *options]) for options in ([], ["--markdown"]))
+    assert (table.exit_code, page.exit_code) == (0, 0)
+    assert page.stdout == markdown()
+    assert all(metric.name in table.stdout for metric in (*METRICS, *VLLM_METRICS))
 
 
 def test_what_other_pages_name_is_in_the_table() -> None:

@@ -51,7 +51,7 @@ def main(model: str, memory: str, answer: str) -> None:
             usage = client.post(f"{URL}/v1/completions", json=body).raise_for_status().json()["usage"]
             details = usage["prompt_tokens_details"] or {}
             requests.append((usage["prompt_tokens"], details.get("cached_tokens") or 0))
-        # The logger asks every two seconds; the last request must have been counted and let go.
+        # The logger asks every few seconds; the last request must have been counted and let go.
         for _ in range(60):
             found = scrape(client)
             admitted = sum(value for name, _, value in found if name == "jenga_admitted_requests_total")
