@@ -103,7 +103,13 @@ def build(folder: Path, source: Source, prometheus: str) -> list[Path]:
 
 
 def build_committed() -> list[Path]:
-    """Write what the repository keeps: the dashboards and rules for Ray Serve; returns the files."""
+    """Write what the repository keeps: the dashboards and rules for Ray Serve; returns the files.
+
+    Raises:
+        BuildError: this package is not in a checkout of the repository, or it cannot be written.
+    """
+    if not RULES.is_dir():
+        raise BuildError(f"--repository works in a checkout of the repository only; {RULES} does not exist")
     files = {GENERATED / f"{uid}.json": text for uid, text in dashboards(Source()).items()}
     return _write(files | {RULES / name: text for name, text in rule_files(Source()).items()})
 

@@ -119,6 +119,8 @@ def check(
             faults = [f"no data: {place}" for place in found.empty]
     except OSError as error:
         raise _fail(f"cannot read {error.filename}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise _fail(f"a file is not text: {error}") from None
     except checking.CheckError as error:
         raise _fail(str(error)) from None
     for fault in faults:

@@ -70,6 +70,8 @@ def test_files(tmp_path: Path) -> None:
     assert "T / P: unclosed left parenthesis" in bad.output
     file.write_text("[]")
     assert "page is not a dashboard" in run(str(file)).output
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "is not text" in run(str(file)).output
     gone = run(str(tmp_path / "gone.json"))
     assert gone.exit_code == 1
     assert "No such file" in gone.output
