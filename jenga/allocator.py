@@ -235,6 +235,9 @@ class TwoLevelAllocator:
             return [list(pages)]
         if not pages:
             return [[] for _ in range(g.width)]
+        if len(pages) == 1:  # most often: a running request's next page
+            (page,) = pages
+            return [[page], *[[page + distance] for distance in g.beside[page // g.ratio]]]
         further = zip(*[g.beside[page // g.ratio] for page in pages], strict=True)
         return [list(pages), *(list(map(add, pages, distances)) for distances in further)]
 

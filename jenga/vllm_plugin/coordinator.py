@@ -86,11 +86,13 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         self._leaves_behind = any(isinstance(m, MambaManager) for m in self.single_type_managers)
         self.marks: dict[str, Marks] = {}
         self._next_drop = lru_cache(REMEMBERED)(self._find_next_drop)
-        self._first_needed = [
-            partial(policy.resident_from, page_tokens=size)
-            for policy, size in zip(self._policies, self.group_block_sizes, strict=True)
-            if policy.resident_from(FAR, size) > 0
+        droppers = [
+            (manager, partial(policy.resident_from, page_tokens=manager.block_size))
+            for manager, policy in zip(self.single_type_managers, self._policies, strict=True)
+            if policy.resident_from(FAR, manager.block_size) > 0
         ]
+        self._droppers = [manager for manager, _ in droppers]
+        self._first_needed = [first_needed for _, first_needed in droppers]
         idle = SingleTypeKVCacheManager.new_step_starts
         self._stepping = [m for m in self.single_type_managers if type(m).new_step_starts is not idle]
         self._no_blocks: Blocks = tuple([] for _ in self.pools)
@@ -233,7 +235,8 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         marks = self.marks.get(request_id)
         if marks is not None and processed_computed_tokens < marks.droppable:
             return
-        super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
+        for manager in self._droppers:
+            manager.remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
         if marks is not None and self._steady:
             marks.droppable = self._next_drop(processed_computed_tokens)
 

@@ -41,6 +41,9 @@ class StateManager(MambaManager):
         prefill_end: int = 0,
     ) -> int:
         """New pages for a request."""
+        moved = self.moves(request_id, num_tokens_main_model)
+        if moved and not self.has_prefill_checkpoint_blocks and request_id not in self._partial_hit_reqs:
+            return 0  # the usual case, told without vLLM's long sum
         pages: int = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -52,7 +55,7 @@ class StateManager(MambaManager):
             prefill_end,
         )
         # All that vLLM counts beyond the running state's page is for a checkpoint inside the next chunk.
-        return pages - 1 if pages and self.moves(request_id, num_tokens_main_model) else pages
+        return pages - 1 if pages and moved else pages
 
     def moves(self, request_id: str, tokens: int) -> bool:
         """Whether growing to `tokens` tokens takes the running state along in its page."""
