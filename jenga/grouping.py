@@ -16,8 +16,9 @@ from itertools import product
 from jenga.layout import GroupLayout, LayerGroup, Layout, LayoutError, choose_layout
 
 GROUP_COST = 0.005
-"""What one more group costs, as a share of the buffer: 0.15 ms of scheduling for 64 requests with arrivals and
-evictions (measured on Falcon-H1-34B, nine groups against two; benchmarks/scheduler_step.py) in a step of some 30 ms."""
+"""What one more part, which is a block table more, may cost as a share of the buffer: 0.15 ms in a step of some 30 ms.
+Scheduling takes 0.014 to 0.019 ms of that (64 requests, Falcon-H1-34B in eight parts against one; docs/speed.md).  The
+rest is left to the workers, who fill a block table and prepare the attention for every part; that is not measured."""
 
 MAX_PARTS = 12
 """Groups that one type's layers are cut into, at most."""
