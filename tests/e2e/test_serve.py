@@ -25,7 +25,9 @@ import yaml
 
 from deployments.local.ports import free_ports
 from deployments.local.record import Record, read
+from jenga.allocator import RESERVED, PageState
 from jenga.demo import recall
+from jenga.metrics.map import MemoryMap
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "gemma3-recall"
@@ -128,6 +130,7 @@ def test_the_start_shows_an_example_and_where_everything_is(served: Running) -> 
         "is right",
         '"object": "chat.completion"',
         served.record.metrics_url,
+        served.record.memory_url,
         "jenga stop",
     ):
         assert shown in served.output
@@ -358,7 +361,104 @@ def test_the_router_knows_what_is_cached(served: Running) -> None:
     assert after["exact"] - before.get("exact", 0) == 60, (before, after)
 
 
+def reports(running: Running) -> dict[str, Any]:
+    """Each replica's last report, as the memory map has it."""
+    with running.http as http:
+        return {each["replica"]: each["report"] for each in http.get("/memory/data").json()["replicas"]}
+
+
+def pages(running: Running, replica: str) -> MemoryMap:
+    with running.http as http:
+        got = http.get("/memory/pages", params={"replica": replica})
+    assert got.status_code == 200, got.text
+    named, taken = MemoryMap.decode(got.content)
+    assert named == replica
+    return taken
+
+
+def large_page(running: Running, replica: str, large: int) -> dict[str, Any]:
+    with running.http as http:
+        found: dict[str, Any] = http.get("/memory/page", params={"replica": replica, "large": large}).json()
+    return found
+
+
+def test_the_memory_map_shows_the_pages_that_the_reports_count(served: Running) -> None:
+    with served.http as http:
+        assert "<canvas" in http.get("/memory").text
+    answer(served, prompt="cached from now on " * 12)
+    end = time.monotonic() + 30
+    while True:  # a report is up to two seconds older than a map
+        told = reports(served)
+        maps = {replica: pages(served, replica) for replica in told}
+        seen = {
+            replica: [(c[PageState.LIVE], c[PageState.CACHED], c[PageState.FREE]) for c in taken.count()]
+            for replica, taken in maps.items()
+        }
+        reported = {
+            replica: [(g["live_pages"], g["cached_pages"], g["stranded_pages"]) for g in report["memory"]["groups"]]
+            for replica, report in told.items()
+        }
+        if seen == reported:
+            break
+        assert time.monotonic() < end, (seen, reported)
+        time.sleep(1)
+    assert len(told) == 2
+    found = 0
+    for replica, taken in maps.items():
+        owners = memoryview(taken.owners).cast("b")
+        assert owners[0] == RESERVED
+        owned = [large for large, owner in enumerate(owners) if owner >= 0]
+        for large in owned[:3]:
+            shown = large_page(served, replica, large)
+            group = taken.groups[owners[large]]
+            assert (shown["group"], len(shown["pages"])) == (group.name, group.ratio)
+            for page in shown["pages"]:
+                assert page["state"] in ("cached", "free"), "nothing runs"
+                assert page["owners"] == []
+                if page["state"] == "cached":
+                    found += 1
+                    assert page["end"] - page["begin"] == group.page_tokens
+                    assert 0 <= page["unused_s"] < 600
+    assert found
+
+
+def test_the_memory_map_names_the_requests_that_hold_pages(served: Running) -> None:
+    def generate(number: int) -> set[str]:
+        """Ask until somebody was seen; the ids of the answers."""
+        names = set()
+        while not holders:
+            got = answer(served, prompt=f"{number} who " * 20, max_tokens=300, ignore_eos=True)
+            names.add(got.json()["id"])
+        return names
+
+    holders: set[str] = set()
+    end = time.monotonic() + 60
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(generate, number) for number in range(4)]
+        while not holders:
+            for replica in reports(served):
+                taken = pages(served, replica)
+                for group, states in zip(taken.groups, taken.states, strict=True):
+                    number = states.find(PageState.LIVE)
+                    shown = large_page(served, replica, number // group.ratio) if number >= 0 else {"pages": []}
+                    holders |= {owner for page in shown["pages"] for owner in page["owners"] if page["end"] > 0}
+            if time.monotonic() > end:
+                holders.add("nobody")
+    names = {name for future in asked for name in future.result()}
+    assert all(any(owner.startswith(name) for name in names) for owner in holders), (holders, names)
+
+
+def test_top_finds_the_deployment(served: Running) -> None:
+    shown = jenga(served.state, "top", "--once")
+    assert shown.returncode == 0, shown.stderr
+    told = json.loads(jenga(served.state, "top", "--json").stdout)
+    for replica in told["replicas"]:
+        assert f"replica {replica['replica']}" in shown.stdout
+    assert shown.stdout.count("sliding_window_64") == len(told["replicas"]) == 2
+
+
 def test_a_killed_engine_costs_no_request_and_is_promised_nothing(served: Running) -> None:
+    shown = reports(served)
     supervisor = psutil.Process(served.record.supervisor.pid)
     engines = [p for p in supervisor.children(recursive=True) if "EngineCore" in p.name() + " ".join(p.cmdline())]
     assert len(engines) == 2
@@ -379,6 +479,10 @@ def test_a_killed_engine_costs_no_request_and_is_promised_nothing(served: Runnin
     ask_about_tables(served, 40, seed=300)
     after = counted(served, sum(before.values()) + 40)
     assert after["exact"] - before.get("exact", 0) == 40, (before, after)
+    (gone,) = shown.keys() - reports(served).keys()
+    with served.http as http:
+        got = http.get("/memory/pages", params={"replica": gone})
+    assert (got.status_code, got.json()["error"]["code"]) == (404, "replica_gone")
 
 
 def test_memory_by_group_and_state_reaches_the_scrape_with_a_replica_label(served: Running) -> None:
