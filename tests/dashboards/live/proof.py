@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +18,10 @@ import pytest
 from dashboards import schema_check
 from dashboards.build import build_for_ray, dashboards, ray_dashboards_folder
 from dashboards.source import Source
+from deployments.local import isolation
 from tests.dashboards.live import pictures
 from tests.dashboards.live.load import Load
-from tests.dashboards.live.services import Serving, prometheus, require_programs, serving, wait_for
+from tests.dashboards.live.services import ROOT, Serving, prometheus, require_programs, serving, wait_for
 
 pytestmark = pytest.mark.timeout(1800)
 # JengaReplicaDown asks what was wanted for five minutes.
@@ -52,6 +55,15 @@ def test_grafanas_own_types_accept_the_dashboards_and_refuse_wrong_ones(ray: boo
         assert right in text
         found = schema_check.faults({"wrong": text.replace(right, wrong)}, folder)
         assert any(fault.startswith("wrong.json line ") for fault in found), (wrong, found)
+
+
+def test_every_panel_has_data_of_a_plain_vllm_server(tmp_path: Path) -> None:
+    require_programs()
+    command = [*isolation.network_command(), *isolation.process_command()]
+    command += [sys.executable, "-m", "tests.dashboards.live.standalone", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def firing(served: Serving) -> set[str]:
