@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from fastapi import Query, Request
 from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from jenga.metrics.map import MemoryMap
 
@@ -83,6 +84,12 @@ class MemoryWatch:
                 return await (self._tell_map() if large is None else self._tell_page(large))
         except TimeoutError:
             return {"problem": "busy"}
+        except EngineDeadError:
+            raise  # the replica ends with it
+        except Exception as error:
+            # No plugin in the core (JENGA=0): it does not know the question.
+            logger.debug("no memory map of this engine: %s", error)
+            return {"problem": "no map"}
 
     async def _tell_map(self) -> bytes | dict[str, Any]:
         async with self._map_lock:

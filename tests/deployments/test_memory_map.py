@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 from ray.serve.exceptions import DeploymentUnavailableError
 from rich.console import Console
 from typer.testing import CliRunner, Result
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments import memory_map, top
 from deployments.cli import add_commands
@@ -65,11 +66,14 @@ class Core:
         self.asked: list[tuple[Any, ...]] = []
         self.stuck = False
         self.stock = False
+        self.fault: Exception | None = None
 
     async def ask(self, *question: Any) -> Any:
         self.asked.append(question)
         if self.stuck:
             await asyncio.Event().wait()
+        if self.fault:
+            raise self.fault
         if self.stock:
             return None
         if question == ("jenga_map",):
@@ -94,7 +98,8 @@ class Broadcast:
         assert timeout_s > memory_map.ANSWER_S
         if not self.available:
             raise DeploymentUnavailableError("engine")
-        return [RuntimeError("the actor died"), await self.answer(*self.arguments), None]
+        answers = asyncio.gather(self.answer(*self.arguments), return_exceptions=True)
+        return [RuntimeError("the actor died"), *await answers, None]
 
 
 class Server:
@@ -164,6 +169,11 @@ def test_what_cannot_be_shown_is_told(server: Server, monkeypatch: pytest.Monkey
     status, code, said = server.error("/memory/pages?replica=r1")
     assert (status, code) == (404, "no_map")
     assert "JENGA=0" in said
+    server.core.fault = Exception("Call to jenga_map method failed: no such attribute")  # vLLM's words, with JENGA=0
+    assert server.error("/memory/pages?replica=r1")[:2] == (404, "no_map")
+    server.core.fault = EngineDeadError()
+    assert server.error("/memory/pages?replica=r1")[:2] == (404, "replica_gone")
+    server.core.fault = None
     monkeypatch.setattr(memory_map, "ANSWER_S", 0.05)
     server.core.stuck = True
     assert server.error("/memory/pages?replica=r1")[:2] == (503, "replica_busy")
