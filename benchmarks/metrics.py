@@ -2,7 +2,7 @@
 
     python benchmarks/metrics.py
 
-Two things cost: a report every three seconds (measured whole: collecting, making it plain data, encoding it as vLLM
+Two things cost: a report every four seconds (measured whole: collecting, making it plain data, encoding it as vLLM
 does), and what is counted in steps (how often each counter is met is counted, and the time of one is measured alone; a
 difference of whole steps would be lost in their noise).  Reports weigh more the fewer steps there are between two, so
 the share is given for short and for long forward passes.  Schedulers run as in `scheduler_step.py`: a full house of

@@ -13,7 +13,7 @@ from jenga.metrics.definitions import CHECKPOINT_CAUSES, EVICTION_BUCKETS, REGIS
 from jenga.metrics.memory import MemorySnapshot, check_schema
 from jenga.metrics.samples import Observed, Sample, memory_samples
 
-PERIOD = 3.0
+PERIOD = 4.0
 """Seconds between two questions to an engine core: at most 1 % of its scheduler's time (`benchmarks/metrics.py`)."""
 
 

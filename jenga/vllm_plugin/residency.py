@@ -6,7 +6,6 @@ and the block before the first that is still needed tell all, and groups with th
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +101,7 @@ class _Tables:
     def droppable(self, tables: Sequence[list[KVCacheBlock]]) -> tuple[int, int]:
         """Pages of a group that nobody who holds them needs, and how often its pages are held."""
         pages = 0
-        together: Counter[int] = Counter()
+        together: dict[int, int] = {}
         for number, late in self._late:
             table = tables[number]
             for position in late:
@@ -110,8 +109,8 @@ class _Tables:
                 if block.ref_cnt == 1:
                     pages += 1
                 else:
-                    together[block.block_id] += 1
-                    pages += together[block.block_id] == block.ref_cnt
+                    holders = together[block.block_id] = together.get(block.block_id, 0) + 1
+                    pages += holders == block.ref_cnt
         return pages, self._references
 
 
