@@ -64,8 +64,10 @@ Latencies and counts of requests are vLLM's own metrics; nothing of it is rebuil
 
 _COST = """## Cost
 
-`python benchmarks/metrics.py` measures what a report costs the engine's core, as a share of the scheduler's processor
-time; figures are in `results/metrics.json`.
+`python benchmarks/metrics.py` measures what reports and counters cost the engine's core, as a share of the scheduler's
+processor time. Three models, 16 to 512 running requests, on 4 cores shared with much other work: a report took 151 to
+1,357 µs, and the share was 0.05 % to 0.27 % with forward passes of 10 ms, 0.16 % to 0.76 % with 50 ms (fewer steps for
+the same reports). The highest shares are those of 16 requests; the target is 1 %.
 """
 
 
