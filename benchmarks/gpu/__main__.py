@@ -1,0 +1,69 @@
+"""Entry point: `python -m benchmarks.gpu correctness|throughput`.
+
+Needs one CUDA GPU with about 60 GiB and vLLM 0.32 with Jenga (`make install FLAVOUR=gpu`).  Weights are random.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.gpu import correctness, throughput
+
+app = typer.Typer(add_completion=False, help=__doc__)
+Out = Annotated[Path, typer.Option(help="Folder for results (JSON) and scratch files.")]
+Models = Annotated[list[str] | None, typer.Option("--model", help="Only these models.")]
+
+
+def environment(out: Path) -> None:
+    """What this machine is, as JSON beside the results."""
+    import torch
+    import vllm
+
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    made = {
+        "gpu": driver.stdout.strip(),
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "python": platform.python_version(),
+    }
+    (out / "environment.json").write_text(json.dumps(made, indent=1) + "\n")
+    print(made, flush=True)
+
+
+@app.command("correctness")
+def correctness_(
+    out: Out = Path("results/gpu"),
+    model: Models = None,
+    engines: Annotated[int, typer.Option(help="Engines that share the GPU at a time.")] = 8,
+) -> None:
+    """The same tokens as stock vLLM, small models, counted."""
+    environment(out)
+    correctness.timed(out, model or [], engines)
+
+
+@app.command("throughput")
+def throughput_(
+    out: Out = Path("results/gpu"),
+    model: Models = None,
+    repeats: int = 3,
+    compiled: Annotated[bool, typer.Option(help="torch.compile as well as CUDA graphs (minutes of start-up).")] = False,
+) -> None:
+    """Requests resident, tokens per second and latencies, one engine at a time."""
+    environment(out)
+    throughput.run(out, model or [], repeats, compiled)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,114 @@
+"""Capacity and throughput: Jenga, stock vLLM, and vLLM with its hybrid manager off, with the same KV bytes.
+
+One engine after the other has the GPU to itself and runs every workload several times, other requests each time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import models, processes, serve
+from benchmarks.gpu.correctness import GRAPHS
+
+GIB = 1 << 30
+LIMIT_S = 420
+CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "jenga": ("1", {"enable_prefix_caching": True}),
+    "stock": ("0", {"enable_prefix_caching": True}),
+    "stock, no caching": ("0", {"enable_prefix_caching": False}),
+    "hybrid manager off": ("0", {"enable_prefix_caching": True, "disable_hybrid_kv_cache_manager": True}),
+}
+
+
+@dataclass(frozen=True)
+class Load:
+    """One model, its KV memory, and what it is asked."""
+
+    model: str
+    kv_gib: float
+    workloads: tuple[tuple[Any, ...], ...]
+    contenders: tuple[str, ...]
+    longest: int = 2048
+    running: int = 256
+    """Most requests at a time; vLLM refuses more than it has blocks for states."""
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+HYBRID = ("jenga", "stock", "stock, no caching")
+WINDOWS = ("jenga", "stock", "hybrid manager off")
+SHARING = (("agents", 240), ("conversations", 24))
+LOADS = [
+    Load("falcon-h1-34b", 4, (("chat", 360), *SHARING), HYBRID, running=96),
+    Load("qwen3-next-80b", 2, (("chat", 400), *SHARING), HYBRID, running=96),
+    Load("gemma-3-27b", 8, (("chat", 360), ("documents", 40), *SHARING), WINDOWS, longest=16384),
+    Load("kimi-linear-48b", 2, (("chat", 400), *SHARING), HYBRID, running=96),
+    Load("llama-3.1-8b", 2, (("chat", 360), ("agents", 240)), ("jenga", "stock")),
+    Load("nemotron-h-8b", 4, (("chat", 360), *SHARING), HYBRID, running=96),
+    Load("gpt-oss-120b", 1.5, (("chat", 400), ("documents", 40)), WINDOWS, longest=16384),
+]
+
+
+def run(out: Path, chosen: list[str], repeats: int, compiled: bool) -> list[dict[str, Any]]:
+    """All engines of the chosen models, one after the other; rows are printed and saved as they come."""
+    folder = out / "work"
+    rows: list[dict[str, Any]] = []
+    processes.preload()
+    begun = time.perf_counter()
+    for load in LOADS:
+        if chosen and load.model not in chosen:
+            continue
+        model = models.make(load.model, folder, small=False)
+        for who in load.contenders:
+            jenga, engine = CONTENDERS[who]
+            spec = {
+                "model": str(model),
+                "repeats": repeats,
+                "workloads": load.workloads,
+                "engine": {
+                    **models.RANDOM,
+                    "max_model_len": load.longest,
+                    "max_num_seqs": load.running,
+                    "gpu_memory_utilization": 0.9,
+                    "kv_cache_memory_bytes": int(load.kv_gib * GIB),
+                    **({} if compiled else GRAPHS),
+                    **models.MODELS[load.model].engine,
+                    **load.engine,
+                    **engine,
+                },
+            }
+            result = run_engine(spec, folder / f"{load.model}-{who.replace(', ', '-').replace(' ', '-')}", jenga)
+            rows.append({"model": load.model, "contender": who, "kv_gib": load.kv_gib, **result})
+            (out / "throughput.json").write_text(json.dumps(rows, indent=1) + "\n")
+            show(rows[-1], time.perf_counter() - begun)
+    return rows
+
+
+def run_engine(spec: dict[str, Any], scratch: Path, jenga: str) -> dict[str, Any]:
+    """One engine's result, or its last words."""
+    given, taken = scratch.with_suffix(".spec.json"), scratch.with_suffix(".json")
+    taken.unlink(missing_ok=True)
+    given.write_text(json.dumps(spec))
+    job = processes.Job(serve.run, (given, taken), {"JENGA": jenga}, scratch.with_suffix(".log"), LIMIT_S)
+    ((_, words),) = processes.run([job])
+    result: dict[str, Any] = json.loads(taken.read_text()) if taken.exists() else {}
+    return result | ({"failed": words} if words else {})
+
+
+def show(row: dict[str, Any], elapsed: float) -> None:
+    """One engine's figures, one line per run."""
+    print(f"== {elapsed:.0f} s {row['model']} {row['contender']}: start {row.get('start_s', 0):.0f} s", flush=True)
+    for r in row.get("runs", ()):
+        print(
+            f"{r['workload']:28s} {r['seconds']:6.1f} s {r['steps']} steps {r['said_per_s']:8,.0f} tokens/s"
+            f" resident {r['resident_mean']}"
+            f" (most {r['resident_most']}) preempted {r['preemptions']} cached {r['cached_tokens']:,} of"
+            f" {r['possible_tokens']:,} TTFT {r['ttft_s']['p50']:.3f}/{r['ttft_s']['p99']:.3f}"
+            f" TPOT {1e3 * r['tpot_s']['p50']:.1f}/{1e3 * r['tpot_s']['p99']:.1f} ms",
+            flush=True,
+        )
+    if "failed" in row:
+        print(row["failed"], flush=True)
