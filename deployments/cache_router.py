@@ -18,7 +18,7 @@ from deployments.placement import KV_IN_USE
 from deployments.router_metrics import RouterMetrics
 from jenga.checkpoints import SharedPrefixes
 from jenga.hits import Hit
-from jenga.routing import BlockIndex, HitRule
+from jenga.routing import BlockIndex
 from jenga.routing.expected import stored_by
 from jenga.routing.index import NO_HIT
 from jenga.routing.placement import Ledger, Prices, State, costs, rank
@@ -38,8 +38,8 @@ class _Prompt:
     """What is known of a prompt when it is placed."""
 
     tokens: list[int]
-    keys: list[int]
-    rule: HitRule
+    keys: dict[tuple[int, str], list[int]]
+    """Its blocks' names, by `HitRule.naming`."""
     hits: dict[str, Hit]
 
 
@@ -164,8 +164,10 @@ class CacheAwareRouter(RequestRouter):
         self._ledger.add(replica, request, len(prompt.tokens) - hit.tokens)
         index = self._feed.index
         index.settle(request)
-        shared = self._shared.setdefault(replica, SharedPrefixes())
-        index.expect(replica.unique_id, request, stored_by(prompt.rule, prompt.tokens, prompt.keys, hit, shared))
+        rule = index.rule(replica.unique_id)
+        if rule is not None and (names := prompt.keys.get(rule.naming)) is not None:
+            shared = self._shared.setdefault(replica, SharedPrefixes())
+            index.expect(replica.unique_id, request, stored_by(rule, prompt.tokens, names, hit, shared))
 
     def _settle(self, replica: ReplicaID, request: str) -> None:
         self._ledger.settle(replica, request)
@@ -178,8 +180,10 @@ class CacheAwareRouter(RequestRouter):
     def _look_up(self, tokens: list[int], salt: str | None) -> _Prompt | None:
         """The prompt's blocks and its hits by replica, None if no replica's cache is known."""
         index = self._feed.index
-        rule = next((r for r in map(index.rule, index.replicas()) if r is not None), None)
-        if rule is None:
-            return None
-        blocks = keys.block_keys(tokens, rule, self._hash, salt)
-        return _Prompt(tokens, blocks, rule, index.hits(blocks, len(tokens)))
+        names: dict[tuple[int, str], list[int]] = {}
+        hits: dict[str, Hit] = {}
+        for rule, alike in index.namings():  # several while an update rolls out
+            names[rule.naming] = keys.block_keys(tokens, rule, self._hash, salt)
+            found = index.hits(names[rule.naming], len(tokens))
+            hits |= {replica: hit for replica, hit in found.items() if replica in alike}
+        return _Prompt(tokens, names, hits) if names else None

@@ -120,6 +120,7 @@ class _View:
     """A column without pages for each lane."""
     replicas: list[tuple[str, _Replica, _Asked | None, Callable[[dict[int, int]], tuple[int, ...]]]]
     """Name, stream, rule, and how to take the replica's columns out of all."""
+    namings: list[tuple[HitRule, frozenset[str]]]
 
 
 class BlockIndex:
@@ -263,7 +264,7 @@ class BlockIndex:
         """What each replica's cache is worth to a prompt of `prompt_tokens` tokens.
 
         `keys` are the `key_of` of the prompt's block hashes, in order.  A replica whose cache is not known exactly
-        counts as empty.
+        counts as empty; what is said of one that names blocks otherwise (`HitRule.naming`) means nothing.
         """
         view = self._view or self._look()
         columns = view.empty.copy()  # lane: the pages it has, as bits
@@ -324,6 +325,13 @@ class BlockIndex:
     def replicas(self) -> tuple[str, ...]:
         """Names of all replicas heard of."""
         return tuple(self._replicas)
+
+    def namings(self) -> Sequence[tuple[HitRule, frozenset[str]]]:
+        """The replicas with a rule, by how they name blocks, each with one of their rules.
+
+        More than one entry means that an update is rolling out, or that engines differ in hash algorithm or seed.
+        """
+        return (self._view or self._look()).namings
 
     def contents(self, replica: str) -> Snapshot:
         """What the index believes a replica has cached (O(blocks)): for tests and for handing on.
@@ -487,5 +495,10 @@ class BlockIndex:
             # With two lanes more than there are groups the getter always answers with a tuple.
             replicas.append((name, stream, asked.get(id(stream.rule)), itemgetter(*lanes, NO_LANE, NO_LANE)))
         empty = {lane: 0 for stream in self._replicas.values() for lane in stream.lanes.values()} | {NO_LANE: 0}
-        self._view = _View(list(scales.items()), empty, replicas)
+        named: dict[tuple[int, str], list[tuple[str, HitRule]]] = {}
+        for name, stream in self._replicas.items():
+            if stream.rule:
+                named.setdefault(stream.rule.naming, []).append((name, stream.rule))
+        namings = [(alike[0][1], frozenset(name for name, _ in alike)) for alike in named.values()]
+        self._view = _View(list(scales.items()), empty, replicas, namings)
         return self._view

@@ -52,6 +52,11 @@ class HitRule:
                     f"alignment {self.alignment} is no multiple of group {group.name}'s {group.page_tokens} tokens"
                 )
 
+    @property
+    def naming(self) -> tuple[int, str]:
+        """What the names of blocks depend on: engines with the same name equal blocks alike."""
+        return self.hash_tokens, self.root
+
     def hit(self, cached: Sequence[CachedTest], prompt_tokens: int) -> Hit:
         """The hit of a prompt, given which of its pages each group has."""
         return self.evaluate(self.caches(cached), prompt_tokens)

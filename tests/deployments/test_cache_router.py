@@ -14,6 +14,7 @@ from deployments import keys
 from deployments.cache_router import CacheAwareRouter
 from jenga.policies import FullAttention
 from jenga.routing import BlockIndex, GroupRule, HitRule
+from jenga.routing.events import Snapshot
 
 DEPLOYMENT = DeploymentID("engine", "app")
 
@@ -92,6 +93,28 @@ def test_a_request_that_its_client_gave_up_is_forgotten(
     Asked("second", [5] * 64).placed(router)
     assert sum(router._ledger.owed(r.replica_id) for r in REPLICAS) == 64
     assert list(router._booked) == ["second"]
+
+
+def test_replicas_that_name_blocks_otherwise_are_asked_in_their_own_terms(router: CacheAwareRouter) -> None:
+    """As while an update with another block size rolls out."""
+    rule = HitRule((GroupRule("full", FullAttention(), 16),), 16, 16, kv_cache_utils.NONE_HASH.hex())
+    tokens = list(range(1000))
+    index = router._feed.index
+    index.forget("two")
+    index.apply("two", 2, 0, [], rule)
+    hash_function = keys.hash_function("sha256")
+    for name, blocks in (("one", 3), ("two", 5)):
+        known = index.rule(name)
+        assert known is not None
+        names = keys.block_keys(tokens, known, hash_function, None)[:blocks]
+        index.load(name, Snapshot.of(index.epoch(name) or 0, 1, known, [names]))
+    asked = Asked("first", tokens)
+    place = asked.placed(router)
+    assert asked.promised == {"one": 96, "two": 80}
+    second = Asked("second", tokens)
+    second.placed(router)
+    full = {"one": 992, "two": 992}
+    assert second.promised[place.unique_id] == full[place.unique_id], "what is booked is named in the replica's terms"
 
 
 def test_a_broken_index_leaves_placement_by_load(router: CacheAwareRouter, monkeypatch: pytest.MonkeyPatch) -> None:
