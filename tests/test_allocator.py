@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import time
 from itertools import permutations
 
 import pytest
@@ -820,23 +819,3 @@ def test_allocations_that_mean_nothing_are_refused(pool, group, count):
 def test_pools_that_cannot_be(large_pages, ratios, words):
     with pytest.raises(ValueError, match=words):
         TwoLevelAllocator(large_pages, ratios)
-
-
-def drain_time(large_pages):
-    """Seconds per page to take, one by one, the free slot of every evictable large page (step 4)."""
-    pool = TwoLevelAllocator(large_pages, [2], reserved=0)
-    pages = pool.allocate(0, 2 * large_pages)
-    for page in pages[::2]:
-        pool.release(0, page, keep=False)
-    for page in pages[1::2]:
-        pool.release(0, page, keep=True)
-    start = time.perf_counter()
-    for _ in range(large_pages):
-        pool.allocate(0, 1)
-        pool.allocate(0, 1)
-    return (time.perf_counter() - start) / large_pages
-
-
-def test_taking_the_first_of_many_is_not_a_scan():
-    small, big = (min(drain_time(n) for _ in range(3)) for n in (1_000, 100_000))
-    assert big < 3 * small  # finding the first key of a plain dict makes it 7 times
