@@ -41,6 +41,9 @@ def command(ports: NodePorts, temp_dir: str, cpus: int) -> list[str]:
         "runtime-env-agent-port": ports.runtime_env,
         "node-manager-port": ports.node_manager,
         "object-manager-port": ports.object_manager,
+        # Whatever is free: Ray's own range (10002 to 19999) would forbid our users' choices in it.
+        "min-worker-port": 0,
+        "max-worker-port": 0,
         "num-cpus": cpus,
         "object-store-memory": _OBJECT_STORE_BYTES,
         "temp-dir": temp_dir,
