@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from deployments import key_cli
+from deployments.cluster import cli as cluster_cli
 from deployments.local import launch, record
 from deployments.top import top
 
@@ -66,10 +68,16 @@ def stop(state_dir: StateDir = None) -> None:
 
 
 def status(
+    cluster: Annotated[
+        Path | None, typer.Argument(metavar="[CLUSTER.yaml]", help="A cluster instead of what runs on this machine.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     state_dir: StateDir = None,
 ) -> None:
-    """Show what is being served: replicas, health, addresses, uptime."""
+    """Show what is being served: replicas, health, addresses, uptime; of a cluster also nodes and open ports."""
+    if cluster is not None:
+        cluster_cli.status(cluster, as_json=as_json)
+        return
     found = launch.status(_folder(state_dir))
     if found is None:
         print(json.dumps({"running": False}) if as_json else "nothing is being served")
@@ -123,3 +131,4 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(stop)
     app.command()(status)
     app.command()(top)
+    app.add_typer(key_cli.app)

@@ -13,19 +13,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import httpx
 from rich.console import Console
 from rich.markup import escape
 
+from deployments import first_answer, keyring, tls
 from deployments.config import ConfigError, ServeFile, load
 from deployments.failures import memory_plan, root_cause
+from deployments.first_answer import Answer
 from deployments.local import isolation, node, processes, record
 from deployments.local.api import ServeApi, State
 from deployments.local.ports import PortError, free_ports, listen
 from deployments.local.processes import ProcessId
-from deployments.local.record import Record
+from deployments.local.record import API_KEY, Record
 from deployments.local.supervisor import Orders
 
 # Ports inside a network namespace of our own: any will do that the user's own choice leaves free.
@@ -48,26 +49,6 @@ class Options:
     metrics_port: int = 8080
     isolate: bool = True
     timeout: float = 600.0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One request and what came back."""
-
-    path: str
-    request: dict[str, Any]
-    response: dict[str, Any]
-    seconds: float
-    right: str | None
-
-    @property
-    def text(self) -> str:
-        """What the model said."""
-        return str(self.response["choices"][0]["message"]["content"] or "")
-
-    def curl(self, base: str) -> str:
-        """The request as a command."""
-        return f"curl -s {base}{self.path} -H 'Content-Type: application/json' \\\n  -d '{json.dumps(self.request)}'"
 
 
 class Progress:
@@ -156,6 +137,7 @@ def _serve(path: Path, config: ServeFile, options: Options, progress: Progress, 
         isolated=isolated,
         started=time.time(),
         log=str(log),
+        certificate=http.ssl_certfile,
     )
     try:
         record.write(folder, running)
@@ -208,7 +190,7 @@ def _refuse_second(folder: Path) -> None:
 
 
 def _with_options(config: ServeFile, options: Options) -> ServeFile:
-    """The configuration with the command line's values, and with the model's folder made absolute."""
+    """The configuration with the command line's values, and with its paths made absolute."""
     changes = {"host": options.host, "port": options.port}
     http = config.http_options.model_copy(update={k: v for k, v in changes.items() if v is not None})
     app = config.application
@@ -220,6 +202,17 @@ def _with_options(config: ServeFile, options: Options) -> ServeFile:
             f"model.path: the model folder {folder} {state}; put the model there, correct the path, "
             "or name a demo model in model.demo"
         )
+    if http.ssl_certfile is not None and http.ssl_keyfile is not None:
+        files = {key: str(Path(getattr(http, key)).expanduser().absolute()) for key in ("ssl_certfile", "ssl_keyfile")}
+        tls.check(files["ssl_certfile"], files["ssl_keyfile"])
+        http = http.model_copy(update=files)
+    if args.auth is not None and args.auth.keys_file is not None:
+        keys = Path(args.auth.keys_file).expanduser().absolute()
+        try:
+            keyring.read(keys)
+        except keyring.KeyFileError as error:
+            raise ConfigError(f"auth.keys_file: {error}") from None
+        args = args.model_copy(update={"auth": args.auth.model_copy(update={"keys_file": str(keys)})})
     return config.model_copy(update={"http_options": http, "applications": [app.model_copy(update={"args": args})]})
 
 
@@ -338,7 +331,7 @@ def _spawn(
     return identity
 
 
-def _bring_up(running: Record, config: ServeFile, options: Options, progress: Progress) -> Answer:
+def _bring_up(running: Record, config: ServeFile, options: Options, progress: Progress) -> Answer | None:
     deadline = time.monotonic() + options.timeout
     api = ServeApi(running.dashboard_url)
     with progress.phase("start a private Ray" if running.isolated else "start Ray"):
@@ -357,8 +350,15 @@ def _bring_up(running: Record, config: ServeFile, options: Options, progress: Pr
             raise ServeError(f"Ray Serve refused the application: {_one_line(str(error))}") from None
     with progress.phase("start the engines") as engines:
         _wait_running(running, api, engines, deadline, options)
+    key = None
+    if config.application.args.auth is not None and not (key := os.environ.get(API_KEY)):
+        progress.console.print(f"[yellow]note:[/] no first request: it would take an API key in ${API_KEY}")
+        return None
     with progress.phase("answer a first request"):
-        return _first_answer(running, config)
+        try:
+            return first_answer.ask(running.url, config.application.args, key=key, certificate=running.certificate)
+        except first_answer.NoAnswerError as error:
+            raise ServeError(str(error)) from None
 
 
 def _wait_running(running: Record, api: ServeApi, progress: Progress, deadline: float, options: Options) -> State:
@@ -391,32 +391,6 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:500]
 
 
-def _first_answer(running: Record, config: ServeFile) -> Answer:
-    """Ask something; of the recall model, something whose right answer is known."""
-    text, right = "Hello", None
-    if config.application.args.model.demo == "gemma3-recall":
-        from jenga.demo.recall import question
-
-        asked = question(seed=0, pairs=16)
-        text, right = asked.text, asked.answer
-    request = {
-        "model": running.model,
-        "messages": [{"role": "user", "content": text}],
-        "max_tokens": 8,
-        "temperature": 0,
-    }
-    path = "/v1/chat/completions"
-    begin = time.monotonic()
-    with httpx.Client(base_url=running.url, timeout=120, trust_env=False) as client:
-        try:
-            response = client.post(path, json=request)
-        except httpx.HTTPError as error:
-            raise ServeError(f"{running.url} does not answer: {error}") from None
-    if not response.is_success:
-        raise ServeError(f"the first request failed with status {response.status_code}: {response.text[:500]}")
-    return Answer(path, request, response.json(), time.monotonic() - begin, right)
-
-
 def _logs(running: Record) -> Path:
     """Ray's logs of this deployment, while it runs."""
     return Path(running.ray_dir) / "ray" / "session_latest" / "logs"
@@ -430,15 +404,16 @@ def _memory_plan(running: Record) -> str | None:
     return None
 
 
-def _report(running: Record, answer: Answer, progress: Progress, *, shows_memory: bool) -> None:
+def _report(running: Record, answer: Answer | None, progress: Progress, *, shows_memory: bool) -> None:
     console = progress.console
     console.print(f"\n[bold green]serving[/] {running.model} after {progress.elapsed:.0f} s\n")
     if plan := _memory_plan(running):
         console.print("memory plan of each replica:")
         console.print(plan + "\n", markup=False, highlight=False, no_wrap=True, overflow="ignore", crop=False)
-    console.print(answer.curl(running.url), markup=False, highlight=False, soft_wrap=True)
-    console.print(json.dumps(answer.response), markup=False, highlight=False, soft_wrap=True, style="dim")
-    if answer.right is not None:
+    if answer is not None:
+        console.print(answer.curl(running.url), markup=False, highlight=False, soft_wrap=True)
+        console.print(json.dumps(answer.response), markup=False, highlight=False, soft_wrap=True, style="dim")
+    if answer is not None and answer.right is not None:
         verdict = "[green]right[/]" if answer.text.strip() == answer.right else "[red]wrong[/]"
         console.print(f"\nthe answer {answer.text!r} is {verdict}: the prompt holds {answer.right!r}", highlight=False)
     console.print(

@@ -1,0 +1,189 @@
+"""A cluster for real: `jenga up` of a head and two workers over SSH, the demo application, answers from outside.
+
+`make test-cluster` runs it.  Only the set-up command that would install the project anew on every host is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+
+from jenga.demo import recall
+from tests.cluster.live.lab import NETWORK, Lab
+
+ROOT = Path(__file__).resolve().parents[3]
+HEAD, WORKERS = f"{NETWORK}.10", [f"{NETWORK}.11", f"{NETWORK}.12"]
+MODEL = "gemma3-recall"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    hosts = Lab(tmp_path_factory.mktemp("lab"))
+    try:
+        hosts.start({"head": 10, "worker-1": 11, "worker-2": 12})
+        yield hosts
+    finally:
+        hosts.stop()
+
+
+@pytest.fixture(scope="module")
+def files(lab: Lab) -> dict[str, Path]:
+    """cluster/local.yaml and a serving configuration with what a user edits, and the replaced set-up command."""
+    serving = yaml.safe_load((ROOT / "cluster/serving.yaml").read_text())
+    demo = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
+    args = demo["applications"][0]["args"]
+    args["model"]["path"] = f"~/models/{MODEL}"
+    args["engine"] |= {"max_model_len": 512, "max_num_seqs": 16, "kv_memory": "16MiB"}
+    serving["applications"][0]["args"] = args
+    serving_path = lab.folder / "serving.yaml"
+    serving_path.write_text(yaml.safe_dump(serving))
+
+    cluster = yaml.safe_load((ROOT / "cluster/local.yaml").read_text())
+    cluster["cluster_name"] = "jenga-lab"
+    cluster["provider"] = {"type": "local", "head_ip": HEAD, "worker_ips": WORKERS}
+    cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(lab.key)}
+    cluster["file_mounts"]["~/jenga-serve/serving.yaml"] = str(serving_path)
+    install = "cd ~/jenga-serve && make install FLAVOUR=gpu"
+    commands = cluster["setup_commands"]
+    commands[commands.index(install)] = f"ln -sfn {sys.prefix} ~/jenga-serve/.venv"
+    cluster_path = lab.folder / "cluster.yaml"
+    cluster_path.write_text(yaml.safe_dump(cluster))
+    return {"cluster": cluster_path, "serving": serving_path}
+
+
+def jenga(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The program as a user runs it, with state and Ray's files of its own."""
+    outside = lab.folder / "outside"
+    outside.mkdir(exist_ok=True)
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "jenga"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        env=os.environ
+        | {
+            "JENGA_STATE_DIR": str(outside / "run"),
+            "RAY_TMPDIR": str(outside),
+            "TMPDIR": str(outside),
+            "COLUMNS": "160",
+        },
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster(lab: Lab, files: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    begin = time.monotonic()
+    result = jenga(lab, "up", str(files["cluster"]), "--wait", "400")
+    print(result.stdout, result.stderr, f"jenga up took {time.monotonic() - begin:.0f} s")
+    assert result.returncode == 0, result.stdout + result.stderr
+    try:
+        yield {"output": result.stdout, **files}
+    finally:
+        jenga(lab, "down", str(files["cluster"]))
+
+
+def test_the_start_says_what_runs_where(cluster: dict[str, Any]) -> None:
+    for shown in (
+        "is right",
+        "serving gemma3-recall",
+        HEAD,
+        *WORKERS,
+        f"http://{HEAD}:8000/v1",
+        "jenga down",
+        "ssh -i",
+    ):
+        assert shown in cluster["output"], shown
+
+
+def test_engines_run_on_the_workers_and_not_on_the_head(lab: Lab, cluster: dict[str, Any]) -> None:
+    result = jenga(lab, "status", str(cluster["cluster"]), "--json")
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+    told = json.loads(result.stdout)
+    assert told["application"] == "RUNNING"
+    assert told["warnings"] == []
+    nodes = {node["address"]: node for node in told["nodes"]}
+    assert {address for address, node in nodes.items() if node["state"] == "ALIVE"} == {HEAD, *WORKERS}
+    assert nodes[HEAD]["head"]
+    assert "CPU" not in nodes[HEAD]["resources"]
+    engines = [replica["node"] for replica in told["replicas"] if replica["deployment"].startswith("Engine:")]
+    assert sorted(engines) == WORKERS
+    shown = jenga(lab, "status", str(cluster["cluster"]))
+    assert shown.returncode == 0
+    assert "warning" not in shown.stdout
+    assert HEAD in shown.stdout
+
+
+def test_answers_come_from_outside_through_the_head(cluster: dict[str, Any]) -> None:
+    client = openai.OpenAI(
+        base_url=f"http://{HEAD}:8000/v1", api_key="none", max_retries=0, http_client=httpx.Client(trust_env=False)
+    )
+    right = 0
+    for seed in range(12):
+        question = recall.question(seed, 16)
+        answer = client.chat.completions.create(model=MODEL, messages=question.messages, max_tokens=4, temperature=0)
+        right += (answer.choices[0].message.content or "").strip() == question.answer
+    assert right == 12
+    cached = 0
+    for _ in range(2):
+        question = recall.question(99, 40)
+        answer = client.chat.completions.create(model=MODEL, messages=question.messages, max_tokens=4, temperature=0)
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        cached = answer.usage.prompt_tokens_details.cached_tokens or 0
+    assert cached > 0
+
+
+def test_only_rest_and_rays_own_ports_listen_beyond_the_loopback_of_the_head(lab: Lab, cluster: dict[str, Any]) -> None:
+    """Ray's dashboard, Prometheus and Grafana do not; what does is for the private network."""
+    for port in (8265, 9090, 3000):
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://{HEAD}:{port}", trust_env=False)
+    listening = lab.ssh("head", "ss -Hltn | awk '{print $4}'").stdout.split()
+    assert "127.0.0.1:8265" in listening
+
+
+def test_prometheus_on_the_head_scrapes_every_node(lab: Lab, cluster: dict[str, Any]) -> None:
+    said = lab.ssh("head", "cat ~/monitoring/prometheus.log; curl -s http://127.0.0.1:9090/-/ready").stdout
+    assert "Ready" in said, said
+    query = "curl -s --data-urlencode 'query=count(up{job=\"ray\"} == 1)' http://127.0.0.1:9090/api/v1/query"
+    end = time.monotonic() + 60
+    while True:
+        found = json.loads(lab.ssh("head", query).stdout)["data"]["result"]
+        if found and float(found[0]["value"][1]) >= 3:
+            return
+        assert time.monotonic() < end, found
+        time.sleep(2)
+
+
+def test_a_second_start_changes_the_application_and_another_file_may_not(lab: Lab, cluster: dict[str, Any]) -> None:
+    other = lab.folder / "other.yaml"
+    other.write_text(cluster["cluster"].read_text())
+    result = jenga(lab, "up", str(other))
+    assert result.returncode == 1
+    assert "runs already" in result.stderr
+
+
+def test_down_leaves_nothing(lab: Lab, cluster: dict[str, Any]) -> None:
+    result = jenga(lab, "down", str(cluster["cluster"]))
+    print(result.stdout, result.stderr)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in lab.hosts:
+        left = lab.ssh(name, "pgrep -a 'raylet|gcs_server|prometheus|grafana|EngineCore|ray::'").stdout
+        assert not left, (name, left)
+    result = jenga(lab, "status", str(cluster["cluster"]))
+    assert result.returncode == 1
+    assert "no cluster 'jenga-lab' runs" in result.stderr
