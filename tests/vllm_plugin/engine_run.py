@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -37,8 +38,18 @@ def overlap_groups() -> None:
     setattr(planning, "choose_grouping", choose)  # noqa: B010
 
 
+def geometry(worker: Any) -> list[Any]:
+    """A worker's memory plan, and where each of its layers lies in its buffer (bytes)."""
+    config = worker.model_runner.kv_cache_config
+    tensors = [(t.layers, t.offset, t.layer_stride, t.block_stride, t.size) for t in config.kv_cache_tensors]
+    return [type(config).__name__, config.num_blocks, tensors]
+
+
 def main() -> None:
     spec: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+    if spec["engine"].get("tensor_parallel_size", 1) > 1:  # in a network namespace of its own, see `harness.run`
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `geometry` is sent to the workers
     import torch
     from vllm import LLM, SamplingParams
 
@@ -67,16 +78,15 @@ def main() -> None:
         from tests.vllm_plugin.trace import impose_cuts
 
         impose_cuts(core.scheduler, spec["cuts"])
-    runner = core.model_executor.driver_worker.worker.model_runner
     if spec.get("row_by_row"):
         from tests.vllm_plugin.trace import row_by_row
 
-        row_by_row(runner.model)
+        row_by_row(core.model_executor.driver_worker.worker.model_runner.model)
     recorder = None
     if "trace" in spec:
         from tests.vllm_plugin.trace import Recorder
 
-        recorder = Recorder(runner, spec["trace"].get("force"))
+        recorder = Recorder(core.model_executor.driver_worker.worker.model_runner, spec["trace"].get("force"))
     checks = peak_running = 0
     if jenga and spec.get("check"):
         schedule = core.scheduler.schedule
@@ -127,6 +137,8 @@ def main() -> None:
         "checks": checks,
         "peak_running": peak_running,
     }
+    if spec["engine"].get("tensor_parallel_size", 1) > 1:
+        result["geometries"] = llm.collective_rpc(geometry)
     if jenga:
         coordinator = manager.coordinator
         coordinator.check()

@@ -14,6 +14,31 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
+STEPS = 8
+"""Steps before a sleep: the requests are past their prompts and not done."""
+
+
+def doze(llm: Any, core: Any, prompts: list[list[int]], level: int, sampling: Any) -> list[list[int]]:
+    """Answers of requests that are kept while the engine sleeps in their midst.
+
+    vLLM's CPU worker gives no memory back, so that is played here: from level 1 on, pages wake up with other contents.
+    """
+    engine = llm.llm_engine
+    for number, prompt in enumerate(prompts):
+        engine.add_request(f"{level}-{number}", {"prompt_token_ids": prompt}, sampling)
+    done = [output for _ in range(STEPS) for output in engine.step()]
+    engine.sleep(level, mode="keep")
+    if level:
+        caches = core.model_executor.driver_worker.worker.model_runner.kv_caches
+        for tensor in (t for cache in caches for t in (cache if isinstance(cache, list | tuple) else [cache])):
+            tensor.fill_(7.0)
+    engine.wake_up(None if level else ["scheduling"])
+    while engine.has_unfinished_requests():
+        done += engine.step()
+    tokens = {output.request_id: list(output.outputs[0].token_ids) for output in done}
+    return [tokens[f"{level}-{number}"] for number in range(len(prompts))]
+
+
 def main() -> None:
     spec: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     from vllm import LLM, SamplingParams
@@ -24,7 +49,8 @@ def main() -> None:
 
         disable_mamba2_prefill_checkpoints()
     llm = LLM(spec["model"], enforce_eager=True, scheduling_policy="priority", **spec["engine"])
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    core = llm.llm_engine.engine_core.engine_core
+    scheduler = core.scheduler
     coordinator = scheduler.kv_cache_manager.coordinator
     prompts = spec["prompts"]
     plain = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
@@ -60,6 +86,7 @@ def main() -> None:
         (output,) = ask([{"prompt_token_ids": prompts[3], "cache_salt": salt}], **plain)
         cached.append(output.num_cached_tokens)
     result["salted_hits"] = cached
+    result["slept"] = [doze(llm, core, prompts[:2], level, SamplingParams(**plain)) for level in (0, 1, 2)]
     llm.llm_engine.add_request("running", {"prompt_token_ids": prompts[0]}, SamplingParams(**plain))
     llm.llm_engine.step()
     result["reset_while_running"] = llm.reset_prefix_cache()

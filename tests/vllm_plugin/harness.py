@@ -22,6 +22,9 @@ ENGINE = {
 }
 """Environment of an engine in a test, where nothing else is set."""
 
+NAMESPACE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
+"""Makes network and process namespaces for a command."""
+
 RUNNER = Path(__file__).with_name("engine_run.py")
 
 
@@ -74,8 +77,10 @@ def run(
     given, taken = folder / f"{name}.spec.json", folder / f"{name}.result.json"
     given.write_text(json.dumps(spec))
     taken.unlink(missing_ok=True)
+    # Workers of one engine talk over ports.
+    alone = spec["engine"].get("tensor_parallel_size", 1) > 1
     done = subprocess.run(
-        [sys.executable, str(runner), str(given), str(taken)],
+        [*(NAMESPACE if alone else ()), sys.executable, str(runner), str(given), str(taken)],
         env={**ENGINE, **os.environ, "JENGA": "1" if jenga else "0", **env},
         capture_output=True,
         text=True,
