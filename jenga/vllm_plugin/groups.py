@@ -93,8 +93,8 @@ def config_obstacle(config: VllmConfig) -> str | None:
     """
     parallel, cache = config.parallel_config, config.cache_config
     checks: tuple[tuple[Any, str], ...] = (
-        (config.scheduler_config.disable_hybrid_kv_cache_manager, "the hybrid KV cache manager is disabled"),
         (config.kv_transfer_config, "a KV connector is configured, and connectors address one flat block table"),
+        (config.scheduler_config.disable_hybrid_kv_cache_manager, "the hybrid KV cache manager is disabled"),
         (parallel.pipeline_parallel_size > 1, "pipeline_parallel_size > 1: stages may differ in geometry"),
         (parallel.decode_context_parallel_size > 1, "decode_context_parallel_size > 1"),
         (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill_context_parallel_size > 1"),

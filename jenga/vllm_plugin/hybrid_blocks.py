@@ -10,15 +10,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, MambaSpec
 
-from jenga.vllm_plugin.groups import config_obstacle
+from jenga.vllm_plugin.groups import config_obstacle, spec_obstacle
 
 logger = init_logger("vllm.jenga")
 
@@ -39,7 +40,7 @@ def install() -> None:
 def align_hybrid_block_size(cls: type[Platform], config: VllmConfig, backend: type[Any]) -> None:
     """Keep natural blocks where Jenga will manage the memory; vLLM's own alignment elsewhere."""
     assert _vllm_align is not None
-    if config_obstacle(config) is not None:
+    if config_obstacle(config) is not None or spec_obstacle(layer_specs(config)) is not None:
         _vllm_align(cls, config, backend)
         return
     cache = config.cache_config
@@ -49,6 +50,17 @@ def align_hybrid_block_size(cls: type[Platform], config: VllmConfig, backend: ty
         cache.mamba_block_size = cache.block_size
     cache.mamba_page_size_padded = None
     logger.info("Jenga: attention blocks stay at %d tokens, recurrent states unpadded", cache.block_size)
+
+
+def layer_specs(config: VllmConfig) -> dict[str, KVCacheSpec]:
+    """What the layers of the loaded model keep, before block sizes are settled: only the types are final."""
+    layers = get_layers_from_vllm_config(config, cast(type[Any], AttentionLayerBase))
+    specs = {
+        name: layer.get_kv_cache_spec(config)
+        for name, layer in layers.items()
+        if not getattr(layer, "kv_sharing_target_layer_name", None)  # such a layer uses another one's pages
+    }
+    return {name: spec for name, spec in specs.items() if spec is not None}
 
 
 def as_stock(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> tuple[VllmConfig, dict[str, KVCacheSpec]]:
