@@ -29,6 +29,8 @@ def environment(config: Serving) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         # Block hashes must agree between replicas.
         "PYTHONHASHSEED": "0",
+        # Ray's ingress has a limit of its own, to the first token: ours comes first.
+        "RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT": str(2 * config.limits.request_s),
     }
     if config.resources.gpus == 0:
         # Without these two parallel CPU engines fight for the cores: 80 s instead of 3 s, measured.
@@ -141,9 +143,13 @@ def build(args: dict[str, Any]) -> serve.Application:
     Raises ConfigError, which Ray Serve reports as the reason of a failed deployment.
     """
     config = parse_serving(args)
+    auth = config.auth
+    if auth is not None and auth.keys_file is not None:
+        # Relative to this process's folder, as the model's is.
+        auth = auth.model_copy(update={"keys_file": str(Path(auth.keys_file).expanduser().absolute())})
     ray_config = llm_config(config, model_folder(config))
     # `serve.ingress` pickles the FastAPI application, so it is made here, once per build.
-    ingress = make_fastapi_ingress(Ingress, endpoint_map=ENDPOINTS, app=build_fastapi())
+    ingress = make_fastapi_ingress(Ingress, endpoint_map=ENDPOINTS, app=build_fastapi(auth, config.limits))
     deployment = serve.deployment(
         ingress,
         name="Ingress",
@@ -154,6 +160,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     return deployment.bind(
         llm_deployments={config.model.id: build_llm_deployment(ray_config, name_prefix="Engine:")},
         model_cards={config.model.id: to_model_metadata(config.model.id, ray_config)},
-        tokenise={config.model.id: ray_config} if cache_aware(config) else {},
+        tokenise={config.model.id: ray_config} if cache_aware(config) or config.limits.prompt_tokens else {},
+        tell_tokens=cache_aware(config),
         show_memory=config.memory_map,
+        limits=config.limits,
     )

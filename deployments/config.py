@@ -176,6 +176,30 @@ class Router(Section):
     load_slack: float = Field(4, ge=0, description="requests of slack in the rule above")
 
 
+class Auth(Section):
+    """Whose requests are answered: holders of keys that `jenga keys` made (docs/security.md)."""
+
+    keys_file: str | None = Field(
+        None, description="key file, on every node that runs an ingress; followed when it changes"
+    )
+    keys_variable: str | None = Field(None, description="instead: variable with the key file's text, read at the start")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Auth":
+        if (self.keys_file is None) == (self.keys_variable is None):
+            raise PydanticCustomError("one_source", "give either `keys_file` or `keys_variable`")
+        return self
+
+
+class Limits(Section):
+    """What one request may ask for, whoever makes it."""
+
+    body: Annotated[ByteSize, Field(gt=0)] = Field(ByteSize(8 << 20), description="size of a request body")
+    prompt_tokens: PositiveInt | None = Field(None, description="tokens of a prompt; the model's length if not set")
+    sequences: PositiveInt = Field(128, description="answers of one request: prompts x `n`")
+    request_s: PositiveFloat = Field(600, description="seconds from the first byte to the end of the answer")
+
+
 class Serving(Section):
     """``args`` of the application: everything that is ours."""
 
@@ -184,6 +208,8 @@ class Serving(Section):
     replicas: Replicas = 1
     resources: Resources = Resources()
     router: Router = Router()
+    auth: Auth | None = None
+    limits: Limits = Limits()
     memory_map: bool = Field(True, description="the page /memory and its data, for whoever reaches the REST interface")
     stream_batch_ms: float = Field(10, ge=0, description="milliseconds over which a stream's tokens travel together")
     environment: dict[str, str] = Field(default_factory=dict, description="variables of each replica")
@@ -213,6 +239,14 @@ class HttpOptions(Section):
     root_path: str | None = None
     request_timeout_s: PositiveFloat | None = None
     keep_alive_timeout_s: PositiveInt | None = None
+    ssl_certfile: str | None = Field(None, description="PEM file: certificate and the chain above it; serves HTTPS")
+    ssl_keyfile: str | None = Field(None, description="PEM file: the certificate's private key, without a passphrase")
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> "HttpOptions":
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise PydanticCustomError("half_of_tls", "`ssl_certfile` and `ssl_keyfile` go together: give both or none")
+        return self
 
 
 class Application(Section):

@@ -12,16 +12,22 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from ray.exceptions import RayActorError
-from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
+from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, OpenAIHTTPException
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
+from ray.llm._internal.serve.core.ingress.utils import _sanitize_chat_completion_request
+from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments import memory_map
+from deployments.config import Auth, Limits
+from deployments.errors import error_body, error_response
+from deployments.guard import TIME_IS_UP, Admitted, Guard, time_is_up
 from deployments.keys import attach
 from deployments.placement import prompt_of
 from deployments.renderer import PromptRenderer
@@ -30,6 +36,7 @@ logger = logging.getLogger("ray.serve")
 
 # What this product serves of Ray's endpoints; embeddings, scores and audio need other models.
 ENDPOINTS = {name: DEFAULT_ENDPOINTS[name] for name in ("completions", "chat")} | {
+    "health": lambda app: app.get("/health", include_in_schema=False),
     "models": lambda app: app.get("/v1/models"),
     "model_data": lambda app: app.get("/v1/models/{model:path}"),
     **memory_map.ENDPOINTS,
@@ -44,17 +51,6 @@ _RETRY_PAUSE_S = 1.5
 
 Once only, for it may be the request that kills engines.
 """
-
-
-def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def error_response(message: str, status: int, **fields: str | None) -> JSONResponse:
-    """The response that carries ``error_body``."""
-    return JSONResponse(error_body(message, status, **fields), status_code=status)
 
 
 def validation_response(error: RequestValidationError) -> JSONResponse:
@@ -144,9 +140,11 @@ class BodyRoute(APIRoute):
         return guarded
 
 
-def build_fastapi() -> FastAPI:
-    """Ray's FastAPI application (request ids, metrics, CORS) with our error handlers."""
+def build_fastapi(auth: Auth | None = None, limits: Limits | None = None) -> FastAPI:
+    """Ray's FastAPI application (request ids, metrics, CORS) with our guard and error handlers."""
     app = init()
+    # Innermost, so that refusals have CORS headers and are counted.
+    app.user_middleware.append(Middleware(Guard, auth=auth, limits=limits or Limits()))
     app.router.route_class = BodyRoute
 
     async def on_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -176,6 +174,10 @@ def build_fastapi() -> FastAPI:
     return app
 
 
+class _TimeIsUpError(Exception):
+    """A request's deadline passed before its answer began.  No TimeoutError, which Ray would take for its own."""
+
+
 def make_renderer(config: LLMConfig) -> PromptRenderer | None:
     """The renderer of prompts for a model, None (and a line in the log) if it cannot be had in this process."""
     try:
@@ -189,17 +191,36 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
     """Ray's ingress, with OpenAI's own words for an unknown model and no traceback in any answer."""
 
     def __init__(
-        self, *args: Any, tokenise: Mapping[str, LLMConfig] | None = None, show_memory: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        tokenise: Mapping[str, LLMConfig] | None = None,
+        show_memory: bool = True,
+        limits: Limits | None = None,
+        tell_tokens: bool = True,
+        **kwargs: Any,
     ) -> None:
-        """`tokenise` are the models whose prompts are tokenised here, once, so that the router knows their tokens."""
+        """`tokenise` are the models whose prompts are tokenised here, once.
+
+        `tell_tokens`: the router and the engine get the tokens; otherwise they are only counted, for `limits`.
+
+        Raises RuntimeError where prompts cannot be counted although `limits` bounds them.
+        """
         super().__init__(*args, **kwargs)
         self._memory_map_on = show_memory
+        self._limits = limits or Limits()
+        self._tell_tokens = tell_tokens
         self._created = int(time.time())
         self._renderers = {model: make_renderer(config) for model, config in (tokenise or {}).items()}
+        if self._limits.prompt_tokens is not None and None in self._renderers.values():
+            raise RuntimeError("limits.prompt_tokens: this model's prompts cannot be tokenised in the ingress")
 
     def _memory_handles(self) -> dict[str, Any]:
         # The handles that requests go through: another one would bring a router of its own.
         return {model: self._get_configured_serve_handle(model) for model in self._model_cards}
+
+    async def health(self) -> Response:
+        """That this ingress answers; needs no key."""
+        return Response(status_code=200)
 
     async def models(self) -> dict[str, Any]:
         """The served models."""
@@ -238,28 +259,87 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
             return await renderer.token_ids(await raw_request.json())
         except Exception as error:
             # Whatever is wrong with the request, the engine's own words for it are the ones clients know.
-            logger.debug("a prompt was not tokenised before routing: %s", error)
+            logger.debug("a prompt was not tokenised before routing: %s", type(error).__name__)
             return None
 
-    async def _get_response(self, **request: Any) -> AsyncGenerator[Any, None]:
-        """Ray's stream of a replica's answer; a failure inside a stream becomes its last event."""
-        started = False
+    async def _too_long(self, body: Any, raw_request: Request | None, ids: list[int] | None) -> Response | None:
+        """The refusal of a prompt beyond `limits.prompt_tokens`."""
+        most = self._limits.prompt_tokens
+        renderer = self._renderers.get(body.model or next(iter(self._model_cards)))
+        if most is None or renderer is None or raw_request is None:
+            return None
+        lengths = [len(ids)] if ids is not None else []
+        if ids is None:
+            try:
+                lengths = await renderer.lengths(await raw_request.json())
+            except Exception as error:
+                logger.debug("a prompt's length is not known: %s", type(error).__name__)
+        longest = max(lengths, default=0)
+        if longest <= most:
+            return None
+        return error_response(
+            f"Prompts may have at most {most} tokens here (limits.prompt_tokens). However, your prompt has {longest} "
+            "tokens. Please reduce the length of the prompt.",
+            400,
+            code="context_length_exceeded",
+        )
+
+    async def _get_response(
+        self, *, body: Any, call_method: str, raw_request: Request | None = None
+    ) -> AsyncGenerator[Any, None]:
+        """A replica's answer in parts; a failure inside a stream becomes its last event.
+
+        Not Ray's own method, which keeps to itself by what an answer can be cancelled.
+        """
+        handle = self._get_configured_serve_handle(await self._get_model_id(body.model))
+        if isinstance(body, ChatCompletionRequest):
+            body = _sanitize_chat_completion_request(body)
+        client = None if raw_request is None else RawRequestInfo.from_starlette_request(raw_request)
+        parts = getattr(handle, call_method).remote(body, client)
+        deadline = _admitted(raw_request).deadline
+        started = ended = False
         try:
-            async for part in super()._get_response(**request):
+            while True:
+                async with asyncio.timeout_at(deadline) as timer:
+                    try:
+                        part = await anext(parts)
+                    except StopAsyncIteration:
+                        ended = True
+                        return
                 started = True
                 yield part
         except Exception as error:
+            ended = not timer.expired()
             if not started:
-                raise
-            logger.exception("the engine failed during a stream")
-            body = error_body(f"The engine failed: {type(error).__name__}.", 500, code="engine_error")
-            yield f"data: {json.dumps(body)}\n\n"
+                raise (_TimeIsUpError() if timer.expired() else error) from None
+            if timer.expired():
+                message = TIME_IS_UP.format(seconds=self._limits.request_s)
+                told = error_body(message, 408, code="request_timeout")
+            else:
+                logger.exception("the engine failed during a stream")
+                told = error_body(f"The engine failed: {type(error).__name__}.", 500, code="engine_error")
+            yield f"data: {json.dumps(told)}\n\n"
+        finally:
+            if not ended:
+                # The engine aborts it; a handle left alone would let it run on.
+                parts.cancel()
 
     async def _process_llm_request(self, body: Any, call_method: str, raw_request: Request | None = None) -> Response:
         """Ray's handling; what a replica raises becomes an answer that says whose fault it was."""
         if raw_request is not None:
             raw_request.state.body_was_read = True
+        if (asked := _sequences(body)) > self._limits.sequences:
+            return error_response(
+                f"The request asks for {asked} answers, prompts times n; at most {self._limits.sequences} are allowed "
+                "here (limits.sequences).",
+                400,
+                code="too_many_sequences",
+            )
+        body.cache_salt = _admitted(raw_request).cache_salt(body.cache_salt)
         ids = await self._token_ids(body, raw_request)
+        if refused := await self._too_long(body, raw_request, ids):
+            return refused
+        ids = ids if self._tell_tokens else None
         try:
             attach(body, ids)
             try:
@@ -278,6 +358,8 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
                     f"{length} tokens, which leaves none for the answer. Please reduce the length of the prompt."
                 )
             raise
+        except _TimeIsUpError:
+            return time_is_up(self._limits)
         except (EngineDeadError, RayActorError):
             logger.exception("a replica died under a request")
             return error_response("The replica that had this request died; try again.", 503, code="engine_unavailable")
@@ -285,6 +367,18 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
             if _is_unicode(prompt_of(body)):
                 raise
             return error_response("The prompt is not valid Unicode (a lone surrogate).", 400, code="invalid_value")
+
+
+def _admitted(raw_request: Request | None) -> Admitted:
+    """What the guard knows of a request."""
+    return Admitted(None) if raw_request is None else raw_request.state.admitted
+
+
+def _sequences(body: Any) -> int:
+    """How many answers a request asks for: one for each prompt, times `n`."""
+    prompt = getattr(body, "prompt", None)
+    many = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return many * (body.n or 1)
 
 
 def _asked_tokens(body: Any) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import _get_vllm_engine_config
@@ -49,29 +49,34 @@ class PromptRenderer:
 
         Raises whatever vLLM raises for a body that it refuses.
         """
-        if "messages" in payload:
-            return await self._chat(payload)
+        if payload.get("echo"):
+            return None
         prompt = payload.get("prompt")
-        if payload.get("echo") or payload.get("prompt_embeds") is not None:
+        if "messages" not in payload and isinstance(prompt, list) and not all(type(token) is int for token in prompt):
             return None
-        if isinstance(prompt, list) and not all(type(token) is int for token in prompt):
-            return None
-        request = CompletionRequest.model_validate(dict(payload))
-        rendered = await self._renderer.preprocess_completion(
-            request, prompt_input=prompt, prompt_embeds=None, skip_mm_cache=True
-        )
-        return self._only(rendered)
+        prompts = await self._prompts(payload)
+        return list(prompts[0]) if len(prompts) == 1 and prompts[0] else None
 
-    async def _chat(self, payload: Mapping[str, Any]) -> list[int] | None:
-        if has_non_text_content(payload["messages"]) or payload.get("echo"):
-            return None
-        rendered = await self._renderer.render_chat(
-            ChatCompletionRequest.model_validate(dict(payload)), skip_mm_cache=True
-        )
-        return None if isinstance(rendered, ErrorResponse) else self._only(rendered[1])
+    async def lengths(self, payload: Mapping[str, Any]) -> list[int]:
+        """Tokens of each prompt of a request's JSON body, without those that hold more than text.
 
-    def _only(self, rendered: list[Any]) -> list[int] | None:
-        if len(rendered) != 1:
-            return None
-        ids = extract_prompt_components(self._model, rendered[0]).token_ids
-        return list(ids) if ids else None
+        Raises whatever vLLM raises for a body that it refuses.
+        """
+        return [len(ids) for ids in await self._prompts(payload)]
+
+    async def _prompts(self, payload: Mapping[str, Any]) -> list[Sequence[int]]:
+        """The prompts of a body that are text or tokens and nothing else."""
+        if "messages" in payload:
+            if has_non_text_content(payload["messages"]):
+                return []
+            chat = ChatCompletionRequest.model_validate(dict(payload))
+            answer = await self._renderer.render_chat(chat, skip_mm_cache=True)
+            rendered: list[Any] = [] if isinstance(answer, ErrorResponse) else answer[1]
+        elif payload.get("prompt_embeds") is not None:
+            return []
+        else:
+            request = CompletionRequest.model_validate(dict(payload))
+            rendered = await self._renderer.preprocess_completion(
+                request, prompt_input=payload.get("prompt"), prompt_embeds=None, skip_mm_cache=True
+            )
+        return [extract_prompt_components(self._model, each).token_ids or [] for each in rendered]

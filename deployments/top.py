@@ -1,6 +1,7 @@
 """`jenga top`: what the memory map page knows of every replica, in the terminal."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from deployments import tls
 from deployments.local import record
+from deployments.local.record import API_KEY
 from jenga.metrics.memory import GROUP_CAUSES, POOL_CAUSES
 from jenga.units import format_size
 
@@ -49,22 +52,24 @@ def top(
 ) -> None:
     """Show each replica's memory by cause, its pages, hits and requests, until Ctrl-C."""
     console = Console()
-    base = address or _served_here(state_dir)
+    base, certificate = (address, None) if address else _served_here(state_dir)
     try:
-        data = ask(base)
+        data = ask(base, certificate)
         if as_json:
             print(json.dumps(data))
         elif once:
             console.print(render(base, data))
         else:
-            _watch(console, base, data, interval)
+            _watch(console, base, certificate, data, interval)
     except TopError as error:
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None
 
 
-def ask(base: str) -> dict[str, Any]:
-    """What ``/memory/data`` below `base` answers.
+def ask(base: str, certificate: str | None = None) -> dict[str, Any]:
+    """What ``/memory/data`` below `base` answers to the key in ``$JENGA_API_KEY``, if there is one.
+
+    `certificate` is the file of a certificate to trust as it stands.
 
     Raises:
         TopError: nothing of ours answers there; the message says what does, and the remedy.
@@ -72,7 +77,10 @@ def ask(base: str) -> dict[str, Any]:
     url = base.rstrip("/").removesuffix("/memory").removesuffix("/v1") + "/memory/data"
     try:
         # A proxy of the environment is for the internet, and this is the user's own deployment.
-        response = httpx.get(url, timeout=_TIMEOUT_S, trust_env=False)
+        key = os.environ.get(API_KEY)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        context = tls.client_context(certificate)
+        response = httpx.get(url, timeout=_TIMEOUT_S, trust_env=False, headers=headers, verify=context)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):
         raise TopError(f"--address {base}: this is no address; write one such as {_DEFAULT}") from None
     except httpx.TimeoutException:
@@ -99,6 +107,9 @@ def _why_not(base: str, response: httpx.Response, data: Any) -> str:
     error = data.get("error") if isinstance(data, dict) else None
     if isinstance(error, dict) and error.get("code") == "memory_map_off":
         return f"{base} keeps its memory to itself: {error.get('message')}"
+    if response.status_code in (401, 403):
+        said = error.get("message") if isinstance(error, dict) else f"status {response.status_code}"
+        return f"{base} shows its memory to holders of admin keys only: {said} Put one into ${API_KEY}."
     said = error.get("message") if isinstance(error, dict) else response.text.strip()[:100]
     return (
         f"{base} answers, but not as Jenga Serve does (status {response.status_code}: {said}); --address takes the "
@@ -106,12 +117,14 @@ def _why_not(base: str, response: httpx.Response, data: Any) -> str:
     )
 
 
-def _served_here(state_dir: Path | None) -> str:
+def _served_here(state_dir: Path | None) -> tuple[str, str | None]:
     running = record.read((state_dir or record.default_folder()).absolute())
-    return running.url if running is not None and running.supervisor.alive() else _DEFAULT
+    if running is None or not running.supervisor.alive():
+        return _DEFAULT, None
+    return running.url, running.certificate
 
 
-def _watch(console: Console, base: str, data: dict[str, Any], interval: float) -> None:
+def _watch(console: Console, base: str, certificate: str | None, data: dict[str, Any], interval: float) -> None:
     """Draw again and again; what fails meanwhile is told below the last picture, and tried again."""
     trouble: str | None = None
     try:
@@ -119,7 +132,7 @@ def _watch(console: Console, base: str, data: dict[str, Any], interval: float) -
             while True:
                 time.sleep(interval)
                 try:
-                    data, trouble = ask(base), None
+                    data, trouble = ask(base, certificate), None
                 except TopError as error:
                     trouble = str(error)
                 live.update(render(base, data, trouble), refresh=True)

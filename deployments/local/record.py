@@ -13,6 +13,9 @@ from deployments.local.processes import ProcessId
 
 NAME = "serve.json"
 
+API_KEY = "JENGA_API_KEY"
+"""Variable with the key that our own commands present where a deployment asks for keys."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -23,6 +26,7 @@ class Record:
     host, port, dashboard_port, metrics_port: where it listens on this machine.
     isolated: whether Ray has its own network and process namespace.
     started: seconds since the epoch.
+    certificate: file with the REST interface's certificate, None without TLS.
     """
 
     supervisor: ProcessId
@@ -37,6 +41,7 @@ class Record:
     isolated: bool
     started: float
     log: str
+    certificate: str | None = None
 
     @property
     def ports(self) -> dict[str, int]:
@@ -47,7 +52,7 @@ class Record:
     def url(self) -> str:
         """Base of the REST interface, as seen from this machine."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
-        return f"http://{host}:{self.port}"
+        return f"{'https' if self.certificate else 'http'}://{host}:{self.port}"
 
     @property
     def memory_url(self) -> str:

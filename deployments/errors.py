@@ -1,0 +1,21 @@
+"""Errors in OpenAI's form, as every refusal of the REST interface has it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+
+def error_body(
+    message: str, status: int, *, kind: str | None = None, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An error as OpenAI's clients expect it; `kind` is its ``type``, by default whose fault `status` says it is."""
+    kind = kind or ("invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(
+    message: str, status: int, *, headers: Mapping[str, str] | None = None, **fields: str | None
+) -> JSONResponse:
+    """The response that carries ``error_body``."""
+    return JSONResponse(error_body(message, status, **fields), status_code=status, headers=headers)

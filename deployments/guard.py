@@ -1,0 +1,184 @@
+"""What every request passes before anything of it is parsed: its key, its key's limits, its size, its time."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette._utils import get_route_path
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.config import Auth, Limits
+from deployments.errors import error_response
+from deployments.keyring import Key, KeyRing, LiveKeys
+from deployments.quota import Quotas
+
+OPEN = ("/health",)
+"""Paths that need no key."""
+_MEMORY = "/memory"
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What the guard knows of a request that it let in; `request.state.admitted`."""
+
+    deadline: float | None
+    """Time of the event loop at which the request ends, one way or another; None: never."""
+    key: Key | None = None
+    ring: KeyRing | None = None
+
+    def cache_salt(self, own: str | None) -> str | None:
+        """The request's cache salt: with keys the tenant's, and the client's `own` within it."""
+        return own if self.key is None or self.ring is None else self.ring.cache_salt(self.key, own)
+
+
+class Guard:
+    """ASGI middleware; with `auth` every path but those in `OPEN` needs a key."""
+
+    def __init__(self, app: ASGIApp, *, auth: Auth | None, limits: Limits) -> None:
+        """Raises KeyFileError where the keys cannot be read: the ingress does not start without them."""
+        self._app = app
+        self._limits = limits
+        self._keys = None if auth is None else LiveKeys(auth.keys_file, auth.keys_variable)
+        self._quotas = Quotas()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        deadline = asyncio.get_running_loop().time() + self._limits.request_s
+        admitted, path = Admitted(deadline), get_route_path(scope)
+        if self._keys is not None and path not in OPEN:
+            ring = self._keys.ring
+            key = _key(ring, scope, path)
+            if isinstance(key, Response):
+                await key(scope, receive, send)
+                return
+            admitted = Admitted(deadline, key, ring)
+        scope.setdefault("state", {})["admitted"] = admitted
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if admitted.key is not None and (excess := self._quotas.enter(admitted.key)) is not None:
+            refused = error_response(
+                f"Key '{admitted.key.name}' may make {excess.limit}; try again in {excess.retry_after_s} s.",
+                429,
+                kind="requests",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(excess.retry_after_s)},
+            )
+            await refused(scope, receive, send)
+            return
+        try:
+            body = await self._body(scope, receive, deadline)
+            if isinstance(body, Response):
+                await body(scope, receive, send)
+            else:
+                await self._app(scope, _replay(body, receive), send)
+        finally:
+            if admitted.key is not None:
+                self._quotas.leave(admitted.key)
+
+    async def _body(self, scope: Scope, receive: Receive, deadline: float) -> bytes | Response:
+        """The whole body, or the refusal of one that is too large or too slow."""
+        most = int(self._limits.body)
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length) > most:
+            return _too_large(most)
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout_at(deadline):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return b""
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > most:
+                        return _too_large(most)
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            return time_is_up(self._limits)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """What reads `body` once, and then whatever else the client sends."""
+    told = False
+
+    async def again() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _key(ring: KeyRing, scope: MutableMapping[str, Any], path: str) -> Key | Response:
+    """The key of a request, or its refusal; the key itself goes no further than here."""
+    memory = path == _MEMORY or path.startswith(f"{_MEMORY}/")
+    presented = _presented(Headers(scope=scope).get("authorization", ""), basic=memory)
+    scope["headers"] = [(name, value) for name, value in scope["headers"] if name.lower() != b"authorization"]
+    # A browser asks its user for a key only if Basic is offered.
+    challenge = {"WWW-Authenticate": 'Basic realm="password: an API key"' if memory else "Bearer"}
+    if presented is None:
+        return error_response(
+            "You did not provide an API key. Send one in the header: Authorization: Bearer YOUR_KEY.",
+            401,
+            code="missing_api_key",
+            headers=challenge,
+        )
+    key = ring.find(presented)
+    if key is None:
+        return error_response("Incorrect API key provided.", 401, code="invalid_api_key", headers=challenge)
+    if memory and not key.admin:
+        return error_response(
+            f"Key '{key.name}' may not see {_MEMORY}; `jenga keys add --admin` makes one that may.",
+            403,
+            code="admin_key_required",
+        )
+    return key
+
+
+def _presented(header: str, *, basic: bool) -> str | None:
+    """The key in an ``Authorization`` header: a bearer token, with `basic` also a password."""
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip() or None
+    if basic and scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2] or None
+        except (binascii.Error, UnicodeDecodeError):
+            return None
+    return None
+
+
+def _too_large(most: int) -> Response:
+    return error_response(
+        f"The request body is larger than {most:,} bytes, which is the most that is taken here (limits.body).",
+        413,
+        code="request_too_large",
+        headers={"Connection": "close"},
+    )
+
+
+TIME_IS_UP = "The request took longer than {seconds:g} s, which is the most that is allowed here (limits.request_s)."
+
+
+def time_is_up(limits: Limits) -> Response:
+    """The answer to a request that took too long; OpenAI's clients do not try it again by themselves."""
+    return error_response(
+        TIME_IS_UP.format(seconds=limits.request_s),
+        408,
+        code="request_timeout",
+        headers={"x-should-retry": "false"},
+    )
