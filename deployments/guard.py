@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -157,7 +156,7 @@ def _presented(header: str, *, basic: bool) -> str | None:
     if basic and scheme.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).decode().partition(":")[2] or None
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             return None
     return None
 

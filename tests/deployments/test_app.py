@@ -70,3 +70,15 @@ def test_refusals_have_openais_form(message: str, status: int, code: bytes, para
     assert b'"code":' + code in body
     assert b'"param":' + param in body
     assert shown in body
+
+
+def test_the_ingress_alone_decides_how_long_a_request_may_take() -> None:
+    assert float(environment(serving(limits={"request_s": 900}))["RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT"]) > 900
+
+
+def test_prompts_are_counted_whatever_the_router_needs(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    args: dict[str, Any] = {"model": {"id": "m", "path": str(tmp_path)}, "router": {"policy": "least-loaded"}}
+    for limits, counted in (({}, False), ({"prompt_tokens": 5}, True)):
+        bound = build(args | {"limits": limits})._bound_deployment.init_kwargs
+        assert (bool(bound["tokenise"]), bound["tell_tokens"]) == (counted, False)
