@@ -131,6 +131,11 @@ class EventFeed:
             elif self.index.epoch(name) == source.epoch and self.index.reached(name, source.epoch, source.sequence):
                 known[2].set()
 
+    @property
+    def followed(self) -> int:
+        """Replicas whose streams are followed, also those that have never answered."""
+        return len(self._followed)
+
     def close(self) -> None:
         """Stop following."""
         for name in list(self._followed):

@@ -46,7 +46,8 @@ class RouterMetrics:
         self._series("jenga_router_index_blocks").set(stats.blocks)
         self._series("jenga_router_event_lag_seconds").set(self._feed.take_lag())
         self._series("jenga_router_replicas", stream="in_order").set(stats.trusted)
-        self._series("jenga_router_replicas", stream="uncertain").set(stats.replicas - stats.trusted)
+        # Not those that the index knows: it has never heard of a replica whose ports are closed.
+        self._series("jenga_router_replicas", stream="uncertain").set(self._feed.followed - stats.trusted)
         totals = {
             "gap": stats.gaps,
             "restart": stats.restarts,

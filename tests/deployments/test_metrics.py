@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.serve import metrics as ray_metrics
 
+from deployments.events import EventFeed, Source
 from deployments.metrics import Exporter
 from deployments.router_metrics import Predictions, RouterMetrics
 from jenga.metrics import Observed, Sample
 from jenga.metrics.definitions import METRICS, REGISTRY
+from jenga.routing import BlockIndex
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -117,7 +120,30 @@ def test_counters_are_there_before_the_first_event(ray: FakeRay) -> None:
 def feed(**totals: int) -> Any:
     stats = {"blocks": 7, "replicas": 3, "trusted": 2, "gaps": 0, "restarts": 0, "snapshots": 0, **totals}
     index = SimpleNamespace(stats=lambda: SimpleNamespace(**stats))
-    return SimpleNamespace(index=index, replays=4, take_lag=lambda: 0.25)
+    return SimpleNamespace(index=index, followed=3, replays=4, take_lag=lambda: 0.25)
+
+
+@pytest.mark.asyncio
+async def test_a_replica_that_no_router_reaches_is_uncertain(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the alert of a stale event stream looks at, where ports between nodes are closed."""
+    monkeypatch.setattr("deployments.events._REPLY_S", 0.01)
+    monkeypatch.setattr("deployments.events._RETRY_S", 0.01)
+    events = EventFeed(BlockIndex())
+    forgotten: list[str] = []
+    monkeypatch.setattr(events.index, "forget", forgotten.append)
+    router = RouterMetrics(events, Exporter((), ray))
+    at = f"ipc://{tmp_path}/nobody"
+    events.follow({"r": Source(at, at, at, epoch=1, sequence=2)})
+    while len(forgotten) < 2:  # tried again and again
+        router.tell()
+        told = {s: ray.values["jenga_router_replicas", (("stream", s),)] for s in ("in_order", "uncertain")}
+        assert told == {"in_order": 0, "uncertain": 1}
+        await asyncio.sleep(0.005)
+    events.close()
+    router.tell()
+    assert ray.values["jenga_router_replicas", (("stream", "uncertain"),)] == 0
 
 
 @pytest.mark.asyncio
