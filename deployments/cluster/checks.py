@@ -26,6 +26,8 @@ PLACEHOLDER = "EDIT_"
 # Where cluster/*.yaml put the project and the serving configuration on every node.
 REMOTE_PROJECT = "~/jenga-serve"
 REMOTE_SERVING = f"{REMOTE_PROJECT}/serving.yaml"
+# What Ray's own ports ask for.
+TOKEN = "~/.ray/auth_token"
 _ROOT = Path(__file__).resolve().parents[2]
 _LOCK = _ROOT / "requirements" / "gpu.txt"
 
@@ -227,8 +229,12 @@ def _mounts(raw: Mapping[str, Any]) -> Iterator[str]:
     mounts = raw.get("file_mounts") or {}
     if REMOTE_SERVING not in mounts:
         yield f"file_mounts: {REMOTE_SERVING} is missing: the serving configuration"
+    if TOKEN not in mounts:
+        yield f"file_mounts: {TOKEN} is missing: without a token everybody who reaches Ray's ports commands the cluster"
     for remote, local in mounts.items():
-        if not Path(str(local)).expanduser().exists():
+        if remote == TOKEN and not Path(str(local)).expanduser().is_file():
+            yield f"file_mounts: {remote}: there is no {local}; `.venv/bin/ray get-auth-token --generate` makes one"
+        elif not Path(str(local)).expanduser().exists():
             yield f"file_mounts: {remote}: there is no {local} here in {Path.cwd()}; go to the repository's folder"
 
 

@@ -176,9 +176,9 @@ def _show_up(cluster: ClusterFile, report: Report, progress: Progress) -> None:
     key = f"-i {auth['ssh_private_key']} " if auth.get("ssh_private_key") else ""
     forward = " ".join(f"-L {local}:127.0.0.1:{local}" for local in (port, 8265, 3000))
     console.print(
-        f"\nREST       http://{head}:{port}/v1, where the network lets you; else through the tunnel below"
+        f"\nREST       {report.scheme}://{head}:{port}/v1, where the network lets you; else through the tunnel below"
         f"\ntunnel     ssh {key}{forward} {auth.get('ssh_user', 'ubuntu')}@{head}"
-        f"\n           then http://127.0.0.1:{port}/v1, Ray's dashboard http://127.0.0.1:8265, Grafana http://127.0.0.1:3000"
+        f"\n           then {report.scheme}://127.0.0.1:{port}/v1, Ray's dashboard http://127.0.0.1:8265, Grafana http://127.0.0.1:3000"
         f"\nstatus     jenga status {cluster.path}"
         f"\nstop       jenga down {cluster.path}",
         highlight=False,
@@ -280,7 +280,7 @@ def status(path: Path, *, console: Console, as_json: bool) -> Report:
     console.print(_nodes(report))
     for warning in warnings:
         console.print(
-            f"[yellow]warning:[/] {escape(warning)}: Ray's ports ask for no password; close them (docs/cluster.md)",
+            f"[yellow]warning:[/] {escape(warning)}: close it (docs/cluster.md)",
             highlight=False,
             soft_wrap=True,
         )

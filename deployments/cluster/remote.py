@@ -64,6 +64,7 @@ class Report:
     replicas: tuple[Replica, ...] = ()
     exposed: tuple[str, ...] = ()
     rest_port: int = 8000
+    scheme: str = "http"
     model: str = ""
     answer: str | None = None
     right: bool | None = None
@@ -118,16 +119,27 @@ def read_replicas(details: dict[str, Any], application: str) -> tuple[Replica, .
     )
 
 
+def dashboard() -> ServeApi:
+    """Ray's dashboard on this node, with the token that the cluster file put here."""
+    token = Path("~/.ray/auth_token").expanduser()
+    return ServeApi(DASHBOARD, token=token.read_text().strip() if token.is_file() else None)
+
+
 def report(config: ServeFile) -> Report:
     """The cluster now, without what takes longer."""
     name = config.application.name
-    model, port = config.application.args.model.id, config.http_options.port
+    http = config.http_options
+    where: dict[str, Any] = {
+        "rest_port": http.port,
+        "scheme": "https" if http.ssl_certfile else "http",
+        "model": config.application.args.model.id,
+    }
     try:
-        with httpx.Client(base_url=DASHBOARD, timeout=10, trust_env=False) as http:
-            nodes = read_nodes(http.get("/nodes", params={"view": "summary"}).raise_for_status().json())
-            details = http.get("/api/serve/applications/").raise_for_status().json()
+        api = dashboard()
+        nodes = read_nodes(api.get("/nodes?view=summary"))
+        details = api.get("/api/serve/applications/")
     except (httpx.HTTPError, ValueError, KeyError) as error:
-        return Report("UNREACHABLE", message=f"Ray's dashboard: {error}", rest_port=port, model=model)
+        return Report("UNREACHABLE", message=f"Ray's dashboard: {error}", **where)
     state = read_state(details, name)
     return Report(
         application=state.status,
@@ -136,8 +148,7 @@ def report(config: ServeFile) -> Report:
         message=state.message,
         nodes=nodes,
         replicas=read_replicas(details, name),
-        rest_port=port,
-        model=model,
+        **where,
     )
 
 
@@ -149,7 +160,10 @@ def asked(config: ServeFile, old: Report) -> Report:
     """The same, with the answer to a first question."""
     try:
         answer = first_answer.ask(
-            f"http://127.0.0.1:{config.http_options.port}", config.application.args, key=os.environ.get("JENGA_API_KEY")
+            f"{old.scheme}://127.0.0.1:{old.rest_port}",
+            config.application.args,
+            key=os.environ.get("JENGA_API_KEY"),
+            certificate=config.http_options.ssl_certfile,
         )
     except first_answer.NoAnswerError as error:
         if "status 401" in str(error) or "status 403" in str(error):
@@ -185,7 +199,7 @@ def examined(old: Report) -> Report:
 
 def deploy(config: ServeFile) -> None:
     """Hand the configuration to Ray Serve; raises ConfigError when it is refused or nobody answers."""
-    api = ServeApi(DASHBOARD)
+    api = dashboard()
     end = time.monotonic() + _DASHBOARD_S
     while not api.ready():
         if time.monotonic() > end:

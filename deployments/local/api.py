@@ -86,9 +86,10 @@ def _reason(messages: list[str]) -> str:
 class ServeApi:
     """Client of the dashboard's Serve API; every method raises httpx.HTTPError when it does not answer."""
 
-    def __init__(self, base: str, timeout: float = 10.0) -> None:
+    def __init__(self, base: str, timeout: float = 10.0, *, token: str | None = None) -> None:
         # Never through a proxy: the address is this machine's.
-        self._http = httpx.Client(base_url=base, timeout=timeout, trust_env=False)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.Client(base_url=base, timeout=timeout, trust_env=False, headers=headers)
 
     def ready(self) -> bool:
         """Whether the dashboard answers."""
@@ -96,6 +97,11 @@ class ServeApi:
             return self._http.get("/api/version").is_success
         except httpx.HTTPError:
             return False
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON at a path of the dashboard."""
+        answer: dict[str, Any] = self._http.get(path).raise_for_status().json()
+        return answer
 
     def deploy(self, config: dict[str, Any]) -> None:
         """Hand over a Serve configuration; starts Serve if needed."""
@@ -105,6 +111,4 @@ class ServeApi:
 
     def state(self, application: str) -> State:
         """The application now."""
-        response = self._http.get("/api/serve/applications/")
-        response.raise_for_status()
-        return read_state(response.json(), application)
+        return read_state(self.get("/api/serve/applications/"), application)

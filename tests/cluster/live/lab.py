@@ -26,6 +26,7 @@ hostname "$3"
 mount -t tmpfs tmpfs "$1"
 mkdir "$1/upper" "$1/work"
 mount -t overlay overlay -o lowerdir=/root,upperdir="$1/upper",workdir="$1/work" /root
+rm -rf /root/.ray
 mkdir -p /tmp/ray
 mount -t tmpfs -o mode=1777 tmpfs /tmp/ray
 mount -t tmpfs -o mode=1777,size=2g tmpfs /dev/shm

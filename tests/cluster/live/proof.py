@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -55,8 +56,18 @@ def files(lab: Lab) -> dict[str, Path]:
     cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(lab.key)}
     cluster["file_mounts"]["~/jenga-serve/serving.yaml"] = str(serving_path)
     install = "cd ~/jenga-serve && make install FLAVOUR=gpu"
+    # Three hosts share this machine: with one core each, every worker takes one replica.
+    starts = cluster["worker_start_ray_commands"]
+    starts[-1] = starts[-1].replace("ray start", "ray start --num-cpus=1")
     commands = cluster["setup_commands"]
-    commands[commands.index(install)] = f"ln -sfn {sys.prefix} ~/jenga-serve/.venv"
+    commands[commands.index(install)] = (
+        # What was copied there runs, not the repository that the environment points to.
+        f"ln -sfn {sys.prefix} ~/jenga-serve/.venv && echo 'export PYTHONPATH=~/jenga-serve' >> ~/.bashrc"
+    )
+    token = lab.folder / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    cluster["file_mounts"]["~/.ray/auth_token"] = str(token)
     cluster_path = lab.folder / "cluster.yaml"
     cluster_path.write_text(yaml.safe_dump(cluster))
     return {"cluster": cluster_path, "serving": serving_path}
