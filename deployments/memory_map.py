@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import Query, Request
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -160,7 +161,8 @@ class MemoryRoutes:
         """A page of another site must not read request ids through its visitor's browser (Ray's CORS allows all)."""
         if not self._memory_map_on:
             return _refused(404, OFF)
-        if request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        # Browsers tell the first only to addresses that they trust (HTTPS, loopback), the second to all.
+        if request.headers.get("sec-fetch-site") in ("cross-site", "same-site") or not _own_origin(request):
             return _refused(403, "other_site")
         return None
 
@@ -193,6 +195,21 @@ class MemoryRoutes:
             if isinstance(each, Exception):
                 logger.debug("a replica did not tell of its memory: %s", each)
         return [each for each in answers if each is not None and not isinstance(each, Exception)]
+
+
+def _own_origin(request: Request) -> bool:
+    """Whether a browser says that a page of this server asks, or says nothing of it."""
+    origin = request.headers.get("origin")
+    if origin is None:
+        return True
+    try:
+        # A browser leaves the port out where it goes without saying; a client may write it.
+        asks = urlsplit(origin)
+        own = urlsplit(f"//{request.headers.get('host', '')}")
+        default = {"http": 80, "https": 443}.get(asks.scheme)
+        return bool(asks.hostname) and (asks.hostname, asks.port or default) == (own.hostname, own.port or default)
+    except ValueError:
+        return False
 
 
 _WORDS = {

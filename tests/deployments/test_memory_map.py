@@ -183,6 +183,29 @@ def test_what_cannot_be_shown_is_told(server: Server, monkeypatch: pytest.Monkey
     assert server.error("/memory/pages?replica=r1")[:2] == (404, "replica_gone")
 
 
+@pytest.mark.parametrize("path", ["/memory/data", "/memory/pages?replica=r1", "/memory/page?replica=r1&large=1"])
+def test_pages_of_other_sites_are_refused_where_browsers_send_the_origin_only(server: Server, path: str) -> None:
+    """Over plain HTTP, not on the loopback, there is no Sec-Fetch-Site."""
+    other = (
+        "http://evil.example",
+        "http://jenga:8001",
+        "http://jenga",
+        "http://jenga.example:8000",
+        "null",
+        "http://[",
+    )
+    for origin in other:
+        assert server.error(path, host="jenga:8000", origin=origin)[:2] == (403, "other_site"), origin
+    for host, origin in (
+        ("jenga:8000", "http://jenga:8000"),
+        ("JENGA", "http://jenga"),
+        ("jenga:80", "http://jenga"),
+        ("jenga", "https://jenga"),
+        ("[::1]:8000", "http://[::1]:8000"),
+    ):
+        assert server.client.get(path, headers={"Host": host, "Origin": origin}).status_code == 200, origin
+
+
 def test_switched_off_it_tells_nothing(server: Server) -> None:
     server.routes._memory_map_on = False
     for path in ("/memory", "/memory/data", "/memory/pages?replica=r1", "/memory/page?replica=r1&large=1"):
