@@ -48,9 +48,10 @@ def correctness_(
     model: Models = None,
     engines: Annotated[int, typer.Option(help="Engines that share the GPU at a time.")] = 8,
 ) -> None:
-    """The same tokens as stock vLLM, small models, counted."""
+    """The same tokens as stock vLLM, small models, counted; exit status 1 if a case shows a fault."""
     environment(out)
-    correctness.timed(out, model or [], engines)
+    if correctness.timed(out, model or [], engines):
+        raise typer.Exit(1)
 
 
 @app.command("throughput")
