@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import time
+import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any
 
@@ -132,7 +133,10 @@ class BodyRoute(APIRoute):
                         400,
                         code="invalid_value",
                     )
-                logger.exception("a request failed")
+                # Not the error's own text, which may quote the prompt.
+                where = "".join(traceback.format_tb(error.__traceback__))
+                logger.error("a request failed: %s\n%s", type(error).__name__, where)
+                logger.debug("it failed because: %s", error)
                 return error_response(
                     "The server failed on this request; its log tells why.", 500, code="internal_error"
                 )
@@ -292,8 +296,6 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
         Not Ray's own method, which keeps to itself by what an answer can be cancelled.
         """
         handle = self._get_configured_serve_handle(await self._get_model_id(body.model))
-        if isinstance(body, ChatCompletionRequest):
-            body = _sanitize_chat_completion_request(body)
         client = None if raw_request is None else RawRequestInfo.from_starlette_request(raw_request)
         parts = getattr(handle, call_method).remote(body, client)
         deadline = _admitted(raw_request).deadline
@@ -328,6 +330,17 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
         """Ray's handling; what a replica raises becomes an answer that says whose fault it was."""
         if raw_request is not None:
             raw_request.state.body_was_read = True
+        if isinstance(body, ChatCompletionRequest):
+            try:
+                # Reads iterators that cannot travel, and so finds what is wrong in them.
+                body = _sanitize_chat_completion_request(body)
+            except ValueError:
+                return error_response(
+                    "messages: This is none of the forms that are accepted here.",
+                    400,
+                    param="messages",
+                    code="invalid_value",
+                )
         if (asked := _sequences(body)) > self._limits.sequences:
             return error_response(
                 f"The request asks for {asked} answers, prompts times n; at most {self._limits.sequences} are allowed "
