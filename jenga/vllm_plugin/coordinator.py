@@ -292,7 +292,13 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
 
     def take_new_block_ids(self) -> list[int]:
         """Pages to zero, of all groups in one list: group ``g``'s ids are raised by ``id_offsets[g]``."""
-        ids = self.part_ids([manager.take_new_block_ids() for manager in self.single_type_managers])
+        # A request that is preempted in the step that admitted it has given its new pages back.
+        ids = self.part_ids(
+            [
+                [page for page in manager.take_new_block_ids() if pool.blocks[page].ref_cnt]
+                for manager, pool in zip(self.single_type_managers, self.pools, strict=True)
+            ]
+        )
         return [
             offset + page for pages, offset in zip(ids, self.kv_cache_config.id_offsets, strict=True) for page in pages
         ]

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform
+from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, MambaSpec
 
 from jenga.vllm_plugin.groups import config_obstacle, spec_obstacle
@@ -63,6 +64,19 @@ def layer_specs(config: VllmConfig) -> dict[str, KVCacheSpec]:
     return {name: spec for name, spec in specs.items() if spec is not None}
 
 
+def attention_backend(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> type[Any]:
+    """The back end of the model's attention layers, also where workers in other processes have the layers."""
+    for backend in current_platform._find_non_ssm_backends(config):
+        return cast(type[Any], backend)
+    attention = next(s for s in specs.values() if isinstance(s, AttentionSpec))
+    model = config.model_config
+    with set_current_vllm_config(config):
+        return cast(
+            type[Any],
+            get_attn_backend(attention.head_size, model.dtype, config.cache_config.cache_dtype, use_mla=model.use_mla),
+        )
+
+
 def as_stock(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> tuple[VllmConfig, dict[str, KVCacheSpec]]:
     """Configuration and specs as vLLM's own alignment would have made them (for comparison in the log)."""
     stock = copy.copy(config)
@@ -70,8 +84,7 @@ def as_stock(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> tuple[VllmCon
     if not any(isinstance(s, MambaSpec) for s in specs.values()):
         return stock, dict(specs)
     assert _vllm_align is not None
-    backend = current_platform._find_non_ssm_backends(config)[0]
-    _vllm_align(type(current_platform), stock, backend)
+    _vllm_align(type(current_platform), stock, attention_backend(config, specs))
     cache = stock.cache_config
     converted: dict[str, KVCacheSpec] = {}
     for name, spec in specs.items():

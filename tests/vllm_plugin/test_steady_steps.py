@@ -329,3 +329,22 @@ def test_a_mark_too_far_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) 
     twins = Twins("windows", monkeypatch, caching=True, seed=0)
     with pytest.raises((AssertionError, IndexError)):
         twins.play(steps=200)
+
+
+def test_a_request_preempted_in_its_own_step_leaves_nothing_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As priority scheduling does; pages in several parts have no parts any more by then."""
+    made = manager("parts", monkeypatch, caching=False, sparse=True)
+    hasher = get_request_block_hasher(PAGE, sha256)
+    gone, stays = (
+        Request(name, list(range(29)), SamplingParams(max_tokens=4), None, block_hasher=hasher) for name in "ab"
+    )
+    assert made.allocate_slots(gone, 29) is not None
+    kept = made.allocate_slots(stays, 29)
+    assert kept is not None
+    made.free(gone)
+    zeroed = made.coordinator.take_new_block_ids()
+    offsets = made.kv_cache_config.id_offsets
+    table = kept.get_block_ids()
+    pages = {offset + page for offset, row in zip(offsets, table, strict=True) for page in row if page}
+    assert zeroed
+    assert set(zeroed) <= pages
