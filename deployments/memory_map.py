@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Query, Request
 from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentBroadcastResponse
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -31,6 +32,8 @@ PAGE_PERIOD_S = 0.2
 """Least time between two looks into a large page, which cost more per page than the map does."""
 ANSWER_S = 5.0
 """How long a busy engine core may take."""
+REPORT_S = 2.0
+"""How long a replica may take for its last report, which is no question to its engine core."""
 
 VERSION = 1
 """Of the JSON of ``/memory/data``."""
@@ -130,14 +133,22 @@ class MemoryRoutes:
         return HTMLResponse(_FILE.read_text(), headers=_HEADERS)
 
     async def memory_data(self, request: Request) -> Response:
-        """Every replica's last report (`jenga.metrics.engine.EngineReport`, None before the first), as JSON."""
+        """Every replica's last report (`jenga.metrics.engine.EngineReport`, None before the first), as JSON.
+
+        Those that did not answer within `REPORT_S` are counted.
+        """
         if refused := self._refuse(request):
             return refused
-        replicas = [each for each in await self._ask_replicas(None, None) if "replica" in each]
-        replicas.sort(key=lambda each: (each.get("model", ""), each["replica"]))
-        return JSONResponse(
-            {"version": VERSION, "taken": time.time(), "period_s": PERIOD_S, "replicas": replicas}, headers=_HEADERS
-        )
+        replicas, silent = await self._ask_replicas(None, None, REPORT_S)
+        replicas.sort(key=lambda each: (each["model"], each["replica"]))
+        told = {
+            "version": VERSION,
+            "taken": time.time(),
+            "period_s": PERIOD_S,
+            "silent_replicas": silent,
+            "replicas": replicas,
+        }
+        return JSONResponse(told, headers=_HEADERS)
 
     async def memory_pages(self, request: Request, replica: str) -> Response:
         """One replica's map: `jenga.metrics.map.MemoryMap.encode`."""
@@ -168,9 +179,11 @@ class MemoryRoutes:
 
     async def _ask_replica(self, replica: str, large: int | None) -> Any:
         """A replica's answer, or a response that says why there is none."""
-        answers = await self._ask_replicas(replica, large)
+        # Longer than the replica itself waits for its engine core, which for single pages is done in turn.
+        answers, silent = await self._ask_replicas(replica, large, 2 * ANSWER_S)
         if not answers:
-            return _refused(404, "replica_gone", replica=replica)
+            # A silent one does not say whether it is the one that was asked for.
+            return _refused(503 if silent else 404, "replica_busy" if silent else "replica_gone", replica=replica)
         problem = answers[0].get("problem") if isinstance(answers[0], dict) else None
         match problem:
             case "busy":
@@ -181,20 +194,55 @@ class MemoryRoutes:
                 return _refused(404, "no_page", replica=replica, large=large)
         return answers[0]
 
-    async def _ask_replicas(self, replica: str | None, large: int | None) -> list[Any]:
-        """What the replicas answer, those that die meanwhile left out."""
-        answers: list[Any] = []
-        for handle in self._memory_handles().values():
-            try:
-                answers += await handle.broadcast("memory", replica, large).results_async(
-                    timeout_s=2 * ANSWER_S, return_exceptions=True
-                )
-            except (DeploymentUnavailableError, TimeoutError) as error:
-                logger.debug("no replica told of its memory: %s", error)
-        for each in answers:
-            if isinstance(each, Exception):
-                logger.debug("a replica did not tell of its memory: %s", each)
-        return [each for each in answers if each is not None and not isinstance(each, Exception)]
+    async def _ask_replicas(self, replica: str | None, large: int | None, limit_s: float) -> tuple[list[Any], int]:
+        """What the replicas answer, those that die meanwhile left out; and how many said nothing within `limit_s`.
+
+        With `replica`, its answer alone is waited for.
+        """
+        found = await asyncio.gather(
+            *(
+                _answers(handle.broadcast("memory", replica, large), limit_s, first=replica is not None)
+                for handle in self._memory_handles().values()
+            )
+        )
+        return [each for answers, _ in found for each in answers], sum(silent for _, silent in found)
+
+
+async def _answers(asked: DeploymentBroadcastResponse, limit_s: float, *, first: bool) -> tuple[list[Any], int]:
+    """The answers that are not None (with `first`, one of them), and how many did not come within `limit_s`.
+
+    Not Ray's `results_async`, whose limit throws all answers away when one of them is late.
+    """
+    try:
+        async with asyncio.timeout(limit_s):
+            results = await asked._fetch_replica_results_async()
+    except DeploymentUnavailableError as error:
+        logger.debug("no replica told of its memory: %s", error)
+        return [], 0
+    except TimeoutError:
+        return [], 1
+    waiting = {asyncio.ensure_future(result.get_async()): result for result in results}
+    answers: list[Any] = []
+    end = time.monotonic() + limit_s
+    try:
+        while waiting and not (first and answers):
+            done, _ = await asyncio.wait(
+                waiting, timeout=max(0.0, end - time.monotonic()), return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                for result in waiting.values():
+                    result.cancel()  # or questions would pile up in a replica that stands still
+                return answers, len(waiting)
+            for each in done:
+                del waiting[each]
+                if each.cancelled() or (error := each.exception()):
+                    logger.debug("a replica did not tell of its memory: %s", "cancelled" if each.cancelled() else error)
+                elif each.result() is not None:
+                    answers.append(each.result())
+        return answers, 0
+    finally:
+        for late in waiting:
+            late.cancel()
 
 
 def _own_origin(request: Request) -> bool:
@@ -216,7 +264,8 @@ _WORDS = {
     OFF: "The memory map is switched off here; `memory_map: true` in the configuration switches it on.",
     "other_site": "The memory map is shown only to pages of this server.",
     "replica_gone": "Replica '{replica}' is gone: it ended, or Ray replaced it. /memory/data lists those that run.",
-    "replica_busy": "Replica '{replica}' did not answer within {seconds:g} s: its engine is busy with a long step.",
+    "replica_busy": "Replica '{replica}' did not answer in time: its engine is busy with a long step, or its "
+    "process stands still.",
     "no_map": "Replica '{replica}' has no map: vLLM's own memory manager is in charge of it (JENGA=0, or a model or "
     "setting that Jenga leaves to vLLM; the replica's log says which).",
     "no_page": "Replica '{replica}' has no large page {large}, or vLLM's own memory manager.",
@@ -226,6 +275,6 @@ _WORDS = {
 def _refused(status: int, code: str, **words: Any) -> Response:
     """An error in OpenAI's form, like all of this server's."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    message = _WORDS[code].format(seconds=ANSWER_S, **words)
+    message = _WORDS[code].format(**words)
     body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return Response(json.dumps(body), status_code=status, media_type="application/json", headers=_HEADERS)

@@ -148,7 +148,9 @@ def render(base: str, data: Mapping[str, Any], trouble: str | None = None) -> Re
     parts: list[RenderableType] = [head]
     if trouble:
         parts.append(Text(f"not up to date: {trouble}", style="yellow"))
-    if not replicas:
+    if silent := data.get("silent_replicas", 0):
+        parts.append(Text(f"{silent} replica{'s do' if silent > 1 else ' does'} not answer", style="yellow"))
+    elif not replicas:
         parts.append(Text("no replica answers: the deployment may be starting", style="yellow"))
     for replica in replicas:
         parts += [Text(), *_replica(replica)]

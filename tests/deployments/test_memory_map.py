@@ -15,6 +15,7 @@ import typer
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentBroadcastResponse
 from rich.console import Console
 from typer.testing import CliRunner, Result
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -81,25 +82,47 @@ class Core:
         return {"large": question[1]} if question[1] < 50 else None
 
 
+class OnItsWay:
+    """A replica's answer on its way, as Ray has it."""
+
+    def __init__(self, answer: Awaitable[Any]) -> None:
+        self.answer = answer
+        self.given_up = False
+
+    async def get_async(self) -> Any:
+        return await self.answer
+
+    def cancel(self) -> None:
+        self.given_up = True
+
+
+async def dies() -> None:
+    raise RuntimeError("the actor died")
+
+
+async def answers_none() -> None:
+    pass
+
+
 class Broadcast:
-    """A handle whose replicas answer as `watch` does, beside one that dies."""
+    """A handle whose replicas answer as `watch` does, beside one that dies, another one and silent ones."""
 
     def __init__(self, answer: Callable[..., Awaitable[Any]]) -> None:
         self.answer = answer
         self.available = True
+        self.silent = 0
+        self.results: list[OnItsWay] = []
 
-    def broadcast(self, method: str, *arguments: Any) -> "Broadcast":
+    def broadcast(self, method: str, *arguments: Any) -> DeploymentBroadcastResponse:
         assert method == "memory"
-        self.arguments = arguments
-        return self
+        return DeploymentBroadcastResponse(self.send(*arguments), None)
 
-    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
-        assert return_exceptions
-        assert timeout_s > memory_map.ANSWER_S
+    async def send(self, *arguments: Any) -> Any:
         if not self.available:
             raise DeploymentUnavailableError("engine")
-        answers = asyncio.gather(self.answer(*self.arguments), return_exceptions=True)
-        return [RuntimeError("the actor died"), *await answers, None]
+        silent = [asyncio.Event().wait() for _ in range(self.silent)]
+        self.results = [OnItsWay(each) for each in (dies(), *silent, self.answer(*arguments), answers_none())]
+        return self.results
 
 
 class Server:
@@ -183,6 +206,26 @@ def test_what_cannot_be_shown_is_told(server: Server, monkeypatch: pytest.Monkey
     assert server.error("/memory/pages?replica=r1")[:2] == (404, "replica_gone")
 
 
+def test_a_silent_replica_hides_no_other(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server.client.get("/memory/data").json()["silent_replicas"] == 0
+    server.handle.silent = 1
+    monkeypatch.setattr(memory_map, "REPORT_S", 0.2)
+    data = server.client.get("/memory/data").json()
+    assert ([each["replica"] for each in data["replicas"]], data["silent_replicas"]) == (["r1"], 1)
+    assert [result.given_up for result in server.handle.results] == [False, True, False, False]
+    # Nobody waits for the silent one where another one has answered, and where it may be the one that was asked for
+    # it is not said to be gone.
+    monkeypatch.setattr(memory_map, "ANSWER_S", 1e6)
+    assert server.client.get("/memory/pages?replica=r1").status_code == 200
+    assert server.client.get("/memory/page?replica=r1&large=3").json() == {"large": 3}
+    monkeypatch.setattr(memory_map, "ANSWER_S", 0.1)
+    status, code, said = server.error("/memory/pages?replica=r2")
+    assert (status, code) == (503, "replica_busy")
+    assert "'r2' did not answer" in said
+    server.handle.silent = 0
+    assert server.error("/memory/pages?replica=r2")[:2] == (404, "replica_gone")
+
+
 @pytest.mark.parametrize("path", ["/memory/data", "/memory/pages?replica=r1", "/memory/page?replica=r1&large=1"])
 def test_pages_of_other_sites_are_refused_where_browsers_send_the_origin_only(server: Server, path: str) -> None:
     """Over plain HTTP, not on the loopback, there is no Sec-Fetch-Site."""
@@ -245,7 +288,7 @@ def listening() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def summary(**changes: Any) -> dict[str, Any]:
     replica = {"replica": "r1", "model": "m", "report": report(pool())}
-    return {"version": 1, "taken": 1e9, "period_s": 1.0, "replicas": [replica]} | changes
+    return {"version": 1, "taken": 1e9, "period_s": 1.0, "silent_replicas": 0, "replicas": [replica]} | changes
 
 
 def jenga_top(state: Path, *arguments: str) -> Result:
@@ -298,8 +341,9 @@ def test_top_shows_replicas_without_a_report_and_what_is_out_of_date() -> None:
     silent = summary(replicas=[{"replica": "r2", "model": "m", "report": None}])
     console.print(top.render("http://x", silent, trouble="gone [away]"))
     console.print(top.render("http://x", summary(replicas=[])))
+    console.print(top.render("http://x", summary(silent_replicas=2)))
     text = console.export_text()
-    for words in ("no report", "not up to date: gone [away]", "no replica answers"):
+    for words in ("2 replicas do not answer", "no report", "not up to date: gone [away]", "no replica answers"):
         assert words in text
 
 
