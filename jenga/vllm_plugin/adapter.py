@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import Any, cast
 
 from vllm.logger import init_logger
 
@@ -29,6 +30,70 @@ _PLANNER_SEAMS: dict[str, tuple[str, ...]] = {
         "get_needed_memory",
         "max_model_len",
         "estimate_max_model_len",
+    ),
+}
+
+
+_SEAMS: dict[str, tuple[str, ...]] = {
+    **{f"vllm.v1.core.kv_cache_utils:{name}": parameters for name, parameters in _PLANNER_SEAMS.items()},
+    "vllm.v1.core.kv_cache_coordinator:get_kv_cache_coordinator": (
+        "kv_cache_config",
+        "max_model_len",
+        "max_in_flight_tokens",
+        "use_eagle",
+        "enable_caching",
+        "enable_kv_cache_events",
+    ),
+    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.emit_cached_block_events": (
+        "self",
+        "request",
+        "computed_blocks",
+    ),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.__init__": ("self", "kv_cache_config"),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": (
+        "self",
+        "request",
+        "num_new_tokens",
+        "num_new_computed_tokens",
+        "new_computed_blocks",
+        "num_lookahead_tokens",
+    ),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.take_new_block_ids": ("self",),
+    "vllm.v1.core.sched.scheduler:Scheduler.__init__": ("self", "vllm_config", "kv_cache_config"),
+    "vllm.v1.core.sched.scheduler:Scheduler.reset_prefix_cache": (
+        "self",
+        "reset_running_requests",
+        "reset_connector",
+    ),
+    "vllm.v1.core.sched.scheduler:Scheduler._mamba_block_aligned_split": (
+        "self",
+        "request",
+        "num_new_tokens",
+        "num_new_local_computed_tokens",
+        "num_external_computed_tokens",
+    ),
+    "vllm.v1.engine.core:EngineCore.get_kv_cache_group_metadata": ("self",),
+    "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register_role_manager": ("role", "manager_class"),
+    "vllm.platforms.interface:Platform._align_hybrid_block_size": ("vllm_config", "backend_cls"),
+}
+"""Module and name of each function that is replaced or called, and its first parameters (of a class method, without
+the class)."""
+
+_CPU_SEAMS: dict[str, tuple[str, ...]] = {
+    "vllm.model_executor.layers.mamba.mamba_mixer2:MambaMixer2.get_kv_cache_spec": ("self", "vllm_config"),
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner._zero_block_ids": ("self", "block_ids"),
+}
+
+_GPU_SEAMS: dict[str, tuple[str, ...]] = {
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner._init_kv_zero_meta": ("self",),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._init_kv_zero_meta": ("self",),
+    "vllm.v1.worker.utils:KVBlockZeroer.__init__": (
+        "self",
+        "device",
+        "attn_groups_iter",
+        "kernel_block_sizes",
+        "static_forward_context",
+        "num_blocks",
     ),
 }
 
@@ -57,8 +122,27 @@ def check_seam(function: Callable[..., Any], parameters: tuple[str, ...]) -> Non
     if found != parameters:
         raise RuntimeError(
             f"vLLM's {function.__module__}.{function.__qualname__} takes {found}, Jenga's plugin expects {parameters}. "
-            "This vLLM was changed; turn the plugin off with JENGA=0."
+            "This vLLM was changed; install it anew, or turn the plugin off with JENGA=0."
         )
+
+
+def find_seam(name: str) -> Callable[..., Any]:
+    """The function called ``module:name``.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    module, _, path = name.partition(":")
+    try:
+        found: Any = import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"vLLM's {module}.{path}, which Jenga's plugin needs, cannot be found ({error}). This vLLM was changed; "
+            "install it anew, or turn the plugin off with JENGA=0."
+        ) from error
+    return cast(Callable[..., Any], found)
 
 
 def install() -> None:
@@ -72,49 +156,11 @@ def install() -> None:
     check_version(vllm.__version__)
 
     from vllm.platforms import current_platform
-    from vllm.platforms.interface import Platform
     from vllm.v1.core import kv_cache_coordinator, kv_cache_manager, kv_cache_utils
 
-    for name, parameters in _PLANNER_SEAMS.items():
-        check_seam(getattr(kv_cache_utils, name), parameters)
-    check_seam(
-        kv_cache_coordinator.get_kv_cache_coordinator,
-        (
-            "kv_cache_config",
-            "max_model_len",
-            "max_in_flight_tokens",
-            "use_eagle",
-            "enable_caching",
-            "enable_kv_cache_events",
-        ),
-    )
-    check_seam(
-        kv_cache_manager.KVCacheManager.allocate_slots,
-        (
-            "self",
-            "request",
-            "num_new_tokens",
-            "num_new_computed_tokens",
-            "new_computed_blocks",
-            "num_lookahead_tokens",
-        ),
-    )
-    check_seam(vars(Platform)["_align_hybrid_block_size"].__func__, ("cls", "vllm_config", "backend_cls"))
-
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    check_seam(Scheduler.reset_prefix_cache, ("self", "reset_running_requests", "reset_connector"))
-    check_seam(kv_cache_coordinator.KVCacheCoordinator.emit_cached_block_events, ("self", "request", "computed_blocks"))
-    check_seam(
-        Scheduler._mamba_block_aligned_split,
-        (
-            "self",
-            "request",
-            "num_new_tokens",
-            "num_new_local_computed_tokens",
-            "num_external_computed_tokens",
-        ),
-    )
+    of_platform = _CPU_SEAMS if current_platform.is_cpu() else _GPU_SEAMS if current_platform.is_cuda_alike() else {}
+    for name, parameters in (_SEAMS | of_platform).items():
+        check_seam(find_seam(name), parameters)
 
     from jenga.vllm_plugin import (
         checkpoints,

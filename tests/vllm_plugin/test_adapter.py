@@ -27,11 +27,19 @@ def test_changed_signature_is_refused() -> None:
         adapter.check_seam(seam, ("a", "c"))
 
 
-def test_installed_vllm_has_every_planner_seam() -> None:
-    from vllm.v1.core import kv_cache_utils
+def test_installed_vllm_has_every_seam() -> None:
+    for name, parameters in (adapter._SEAMS | adapter._CPU_SEAMS).items():
+        adapter.check_seam(adapter.find_seam(name), parameters)
 
-    for name, parameters in adapter._PLANNER_SEAMS.items():
-        adapter.check_seam(getattr(kv_cache_utils, name), parameters)
+
+@pytest.mark.parametrize("name", ["vllm.v1.core.kv_cache_manager:KVCacheManager.gone", "vllm.v1.gone:KVCacheManager"])
+def test_missing_seam_is_refused_before_anything_is_replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced: list[str] = []
+    monkeypatch.setattr(adapter, "_SEAMS", {**adapter._SEAMS, name: ("self",)})
+    monkeypatch.setattr(adapter, "_replace", lambda module, name, *_, **__: replaced.append(name))
+    with pytest.raises(RuntimeError, match=rf"{name.replace(':', '.')}.* cannot be found .*JENGA=0"):
+        adapter.install()
+    assert not replaced
 
 
 def test_replacements_take_vllms_own_parameters_by_name() -> None:
