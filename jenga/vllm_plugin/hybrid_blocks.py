@@ -73,7 +73,9 @@ def attention_backend(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> type
     with set_current_vllm_config(config):
         return cast(
             type[Any],
-            get_attn_backend(attention.head_size, model.dtype, config.cache_config.cache_dtype, use_mla=model.use_mla),
+            get_attn_backend(
+                attention.head_size, attention.dtype, config.cache_config.cache_dtype, use_mla=model.use_mla
+            ),
         )
 
 
