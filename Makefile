@@ -5,7 +5,7 @@ FLAVOUR ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve stop status test test-dashboards test-vllm lint lock clean
+.PHONY: help install serve stop status test test-cluster test-dashboards test-vllm lint lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s%s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ test-vllm: install ## Run vLLM's own tests of cache and scheduler with Jenga, be
 
 test-dashboards: install ## Dashboards and alerts on real engines and a real Prometheus (15 minutes; PICTURES=docs/img keeps the pictures)
 	@JENGA_PICTURES="$(PICTURES)" $(BIN)/python -m pytest -s tests/dashboards/test_*.py tests/dashboards/live/proof.py
+
+test-cluster: install ## A real `ray up` on hosts made of namespaces, and one at a fake AWS (root, SSH server; 5 minutes)
+	@$(BIN)/python tests/cluster/live/run.py
 
 lint: install ## Run ruff and mypy only
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

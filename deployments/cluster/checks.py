@@ -184,6 +184,8 @@ def _placeholders(raw: Mapping[str, Any]) -> Iterator[str]:
 
 def _types(raw: Mapping[str, Any]) -> Iterator[str]:
     head = raw.get("head_node_type")
+    if raw.get("available_node_types") and head not in raw["available_node_types"]:
+        yield f"head_node_type: {head!r} is not one of {', '.join(raw['available_node_types'])}"
     for name, node in (raw.get("available_node_types") or {}).items():
         low, high = node.get("min_workers", 0), node.get("max_workers", raw.get("max_workers", 2))
         if isinstance(low, int) and isinstance(high, int) and low > high:
