@@ -23,6 +23,10 @@ def up(
     cluster: ClusterArgument,
     wait: Annotated[float, typer.Option(help="Seconds to wait for the first answer.")] = 1800,
     take_over: Annotated[bool, typer.Option("--take-over", help="Also a cluster that another file started.")] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart/--no-restart", help="Restart Ray, if it runs; without, only change what is served."),
+    ] = True,
     check_only: Annotated[bool, typer.Option("--check", help="Check the file, start nothing.")] = False,
 ) -> None:
     """Start or update a Ray cluster and serve on it: [bold]ray up[/] with checks before and a wait after."""
@@ -34,7 +38,9 @@ def up(
             checks.check_this_machine(checks.check(cluster))
             console.print(f"{escape(str(cluster))} is all right", highlight=False)
             return
-        commands.up(cluster, wait=wait, take_over=take_over, console=console, folder=record.default_folder())
+        commands.up(
+            cluster, wait=wait, take_over=take_over, restart=restart, console=console, folder=record.default_folder()
+        )
     except checks.ClusterError as error:
         raise _fail(str(error)) from None
     except KeyboardInterrupt:

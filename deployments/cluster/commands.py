@@ -105,8 +105,10 @@ def refuse_taken_name(cluster: ClusterFile, folder: Path, exists: Callable[[Clus
         )
 
 
-def up(path: Path, *, wait: float, take_over: bool, console: Console, folder: Path) -> Report:
+def up(path: Path, *, wait: float, take_over: bool, restart: bool, console: Console, folder: Path) -> Report:
     """Check, start or update the cluster, and wait until its application answers.
+
+    Without ``restart`` Ray goes on, files are copied, and Serve changes the application replica by replica.
 
     Raises ClusterError; nodes that were started go on running then, and the message says how to end them.
     """
@@ -120,12 +122,16 @@ def up(path: Path, *, wait: float, take_over: bool, console: Console, folder: Pa
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({"file": str(path.absolute()), "provider": cluster.raw["provider"]}))
     log = _log_folder(cluster.name)
+    options = ["--no-config-cache", "--log-style=record", *([] if restart else ["--no-restart"])]
     try:
         with progress.phase("start the head: ray up") as phase, log.open("w") as file:
-            for line in _lines(["up", str(path), "--yes", "--no-config-cache", "--log-style=record"]):
+            for line in _lines(["up", str(path), "--yes", *options]):
                 print(line, file=file, flush=True)
                 if line.strip() and console.is_terminal:
                     phase.tell(line.strip()[-100:])
+        if not restart:
+            with progress.phase("put the model on every node, change the application"):
+                list(_lines(["exec", str(path), _remote("update")]))
         with progress.phase("wait for workers and engines") as phase:
             report = _watch(cluster, wait, phase)
     except ClusterError as error:

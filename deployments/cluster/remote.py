@@ -1,6 +1,8 @@
 """What `jenga up` and `jenga status` ask of the head node, run there through `ray exec`.
 
-python -m deployments.cluster.remote deploy SERVING.yaml | watch SERVING.yaml | status SERVING.yaml
+python -m deployments.cluster.remote {deploy,update,watch,status} SERVING.yaml
+
+`deploy` hands the configuration to Ray Serve; `update` first puts its model on every worker that runs already.
 
 `watch` and `status` print one JSON object per line behind MARK; a terminal's noise may stand around them.
 """
@@ -10,14 +12,16 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from deployments import first_answer
-from deployments.cluster import exposure
+from deployments.cluster import exposure, model
 from deployments.config import ConfigError, ServeFile, load
 from deployments.local.api import ServeApi, read_state
 
@@ -25,6 +29,7 @@ MARK = "jenga-cluster-report:"
 DASHBOARD = "http://127.0.0.1:8265"
 _POLL_S = 1.0
 _DASHBOARD_S = 120.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -172,29 +177,52 @@ def asked(config: ServeFile, old: Report) -> Report:
     return _with(old, answer=answer.text, right=None if answer.right is None else answer.text.strip() == answer.right)
 
 
-def examined(old: Report) -> Report:
-    """The same, with versions and with every node's open ports: asks a Ray task on each."""
+def on_nodes(work: Callable[[], T], *, workers_only: bool = False, seconds: float | None = None) -> list[T]:
+    """What ``work`` returned on each living node that answered within ``seconds``; raises its exceptions."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    ray.init(address="auto", log_to_driver=False, logging_level="ERROR", namespace="jenga-cluster")
+    try:
+        task = ray.remote(num_cpus=0, max_retries=0)(work)
+        questions = [
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
+            for node in ray.nodes()
+            if node["Alive"] and not (workers_only and "node:__internal_head__" in node["Resources"])
+        ]
+        ready, _ = ray.wait(questions, num_returns=len(questions), timeout=seconds) if questions else ([], [])
+        answers: list[T] = ray.get(ready)
+        return answers
+    finally:
+        ray.shutdown()
+
+
+def provide_everywhere(config: ServeFile) -> None:
+    """Put the model on this node (without its weights) and on every worker; raises ConfigError when that fails."""
+    wanted = config.application.args.model
+
+    def fetch() -> str:
+        try:
+            return f"{model.provide(wanted, weights=True)}"
+        except ConfigError as error:
+            return f"error: {error}"
+
+    lines = [model.provide(wanted, weights=False), *on_nodes(fetch, workers_only=True)]
+    for line in lines:
+        if line.startswith("error: "):
+            raise ConfigError(line.removeprefix("error: "))
+        print(line, flush=True)
+
+
+def examined(old: Report) -> Report:
+    """The same, with versions and with every node's open ports: asks a Ray task on each."""
     port = old.rest_port
 
     def look() -> list[str]:
         return exposure.exposed(exposure.own_listeners(), exposure.own_addresses(), (port,))
 
-    ray.init(address="auto", log_to_driver=False, logging_level="ERROR", namespace="jenga-status")
-    try:
-        task = ray.remote(num_cpus=0, max_retries=0)(look)
-        questions = [
-            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
-            for node in ray.nodes()
-            if node["Alive"]
-        ]
-        ready, _ = ray.wait(questions, num_returns=len(questions), timeout=30)
-        found = {line for answer in ready for line in ray.get(answer)}
-    finally:
-        ray.shutdown()
-    return _with(old, exposed=tuple(sorted(found)), versions={"ray": ray.__version__})
+    found = {line for answer in on_nodes(look, seconds=30) for line in answer}
+    return _with(old, exposed=tuple(sorted(found)), versions={"ray": version("ray")})
 
 
 def deploy(config: ServeFile) -> None:
@@ -232,13 +260,16 @@ def watch(config: ServeFile, seconds: float) -> int:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Ask or tell Ray Serve on this head node.")
-    parser.add_argument("action", choices=["deploy", "watch", "status"])
+    parser.add_argument("action", choices=["deploy", "update", "watch", "status"])
     parser.add_argument("serving", type=Path)
     parser.add_argument("--seconds", type=float, default=1800, help="how long `watch` waits")
     options = parser.parse_args()
     try:
         config = load(options.serving)
-        if options.action == "deploy":
+        if options.action == "update":
+            provide_everywhere(config)
+            deploy(config)
+        elif options.action == "deploy":
             deploy(config)
         elif options.action == "watch":
             return watch(config, options.seconds)

@@ -180,12 +180,30 @@ def test_prometheus_on_the_head_scrapes_every_node(lab: Lab, cluster: dict[str, 
         time.sleep(2)
 
 
-def test_a_second_start_changes_the_application_and_another_file_may_not(lab: Lab, cluster: dict[str, Any]) -> None:
+def test_another_file_may_not_take_the_name(lab: Lab, cluster: dict[str, Any]) -> None:
     other = lab.folder / "other.yaml"
     other.write_text(cluster["cluster"].read_text())
     result = jenga(lab, "up", str(other))
     assert result.returncode == 1
     assert "runs already" in result.stderr
+
+
+def test_a_changed_serving_configuration_is_rolled_out_without_a_restart(lab: Lab, cluster: dict[str, Any]) -> None:
+    """Another name of the model and one replica: Ray stays the one that it was."""
+    session = "readlink /tmp/ray/session_latest"
+    before = lab.ssh("head", session).stdout
+    serving = yaml.safe_load(cluster["serving"].read_text())
+    serving["applications"][0]["args"] |= {"replicas": 1}
+    serving["applications"][0]["args"]["model"]["id"] = "renamed"
+    cluster["serving"].write_text(yaml.safe_dump(serving))
+    result = jenga(lab, "up", str(cluster["cluster"]), "--no-restart", "--wait", "400")
+    print(result.stdout, result.stderr)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "serving renamed" in result.stdout
+    assert "is right" in result.stdout
+    assert lab.ssh("head", session).stdout == before
+    models = httpx.get(f"http://{HEAD}:8000/v1/models", trust_env=False).json()["data"]
+    assert [item["id"] for item in models] == ["renamed"]
 
 
 def test_down_leaves_nothing(lab: Lab, cluster: dict[str, Any]) -> None:
