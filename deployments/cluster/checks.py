@@ -77,7 +77,7 @@ class ClusterFile:
 def read(path: Path) -> dict[str, Any]:
     """The file as written; raises ClusterError when it is missing or no YAML mapping."""
     try:
-        data = yaml.safe_load(path.read_text())
+        documents = list(yaml.safe_load_all(path.read_text()))
     except FileNotFoundError:
         shipped = sorted(str(item) for item in Path("cluster").glob("*.yaml"))
         hint = f"; there are {', '.join(shipped)}" if shipped else ""
@@ -86,6 +86,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ClusterError(f"the cluster file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ClusterError(f"{path} is not YAML: {error}") from None
+    data = documents[0] if documents else None
     if not isinstance(data, Mapping):
         raise ClusterError(f"{path} must hold a mapping with `cluster_name` and `provider`, not {type(data).__name__}")
     if "apiVersion" in data:
@@ -177,9 +178,12 @@ def _strings(data: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _placeholders(raw: Mapping[str, Any]) -> Iterator[str]:
+    found: dict[str, str] = {}
     for place, text in _strings(raw):
-        if PLACEHOLDER in text:
-            yield f"{place}: {text!r} stands for a value of yours; the comment beside it says which"
+        for name in re.findall(rf"{PLACEHOLDER}[\w.-]+", text):
+            found.setdefault(name, place)  # by an anchor of the file, one value may stand in many places
+    for name, place in found.items():
+        yield f"{place}: {name} stands for a value of yours; the comment beside it says which"
 
 
 def _types(raw: Mapping[str, Any]) -> Iterator[str]:
