@@ -21,14 +21,13 @@ from deployments.metrics import Exporter
 from deployments.placement import KV_IN_USE
 from deployments.router_metrics import Predictions
 from jenga.metrics import Sample
-from jenga.metrics.engine import PERIOD, EngineReport, report_samples
+from jenga.metrics.engine import EngineReport, report_samples
+from jenga.vllm_plugin.asking import ANSWER_S, ask_on
 
 logger = logging.getLogger("ray.serve")
 
 # Read back at most this much of a replica's log when its engine fails.
 _LOG_TAIL_BYTES = 1 << 20
-# How long an answer of the engine's core may take.
-_ANSWER_S = 10.0
 # How often the engine's death is looked for, and how long the errors of its requests have to be sent.
 _WATCH_S = 0.2
 _LAST_WORDS_S = 0.3
@@ -114,7 +113,7 @@ class JengaServer(LLMServer):
     async def _locate_stream(self) -> None:
         """Learn where the engine's event stream is, and how far."""
         try:
-            stream = await asyncio.wait_for(self._ask_core("jenga_event_stream"), _ANSWER_S)
+            stream = await asyncio.wait_for(self._ask_core("jenga_event_stream"), ANSWER_S)
         except TimeoutError:
             return  # busy with a long step; the stream is where it was
         except Exception as error:
@@ -164,21 +163,16 @@ class JengaServer(LLMServer):
         The core answers between two steps, so what is exported is consistent, also when it idles.
         """
         exporter = Exporter(_LABELS)
-        core = self.engine._engine_client.engine_core
-        while True:
-            try:
-                data = await asyncio.wait_for(core.call_utility_async("jenga_memory"), _ANSWER_S)
-            except TimeoutError:
-                # Busy with a long step; the next question comes anyway.
-                data = None
-            except Exception as error:
-                # No plugin in the core (JENGA=0), or no core any more.
-                logger.warning("no memory metrics from this engine: %s", error)
-                return
-            if data is not None:
-                self._report = data
-                exporter.publish(self._samples(data), self._whose())
-            await asyncio.sleep(PERIOD)
+
+        async def ask() -> bool:
+            data = await self._ask_core("jenga_memory")
+            if data is None:
+                return False  # vLLM's own manager is in charge
+            self._report = data
+            exporter.publish(self._samples(data), self._whose())
+            return True
+
+        await ask_on(ask, logger)
 
 
 def _reason_in(log: Path, begin: int) -> str | None:

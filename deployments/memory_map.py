@@ -22,7 +22,8 @@ from ray.serve.handle import DeploymentBroadcastResponse
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from jenga.metrics.map import MemoryMap
+from jenga.metrics.engine import PERIOD
+from jenga.metrics.map import DATA_VERSION, MemoryMap
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,9 +35,8 @@ ANSWER_S = 5.0
 """How long a busy engine core may take."""
 REPORT_S = 2.0
 """How long a replica may take for its last report, which is no question to its engine core."""
-
-VERSION = 1
-"""Of the JSON of ``/memory/data``."""
+STALE_S = 3 * PERIOD
+"""Age from which readers say how old a report is: several were missed."""
 
 ENDPOINTS = {
     "memory_page": lambda app: app.get("/memory", include_in_schema=False),
@@ -80,7 +80,9 @@ class MemoryWatch:
         A map is compressed with gzip.  What cannot be told is ``{"problem": ...}``.
         """
         if wanted is None:
-            return {"replica": self._replica, "model": self._model, "report": report}
+            # By the clock of the engine's own node; the reader's may be another one.
+            age = None if report is None else max(0.0, time.time() - report["time"])
+            return {"replica": self._replica, "model": self._model, "report": report, "report_age_s": age}
         if wanted != self._replica:
             return None
         try:
@@ -142,9 +144,10 @@ class MemoryRoutes:
         replicas, silent = await self._ask_replicas(None, None, REPORT_S)
         replicas.sort(key=lambda each: (each["model"], each["replica"]))
         told = {
-            "version": VERSION,
+            "version": DATA_VERSION,
             "taken": time.time(),
             "period_s": PERIOD_S,
+            "stale_after_s": STALE_S,
             "silent_replicas": silent,
             "replicas": replicas,
         }

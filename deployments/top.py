@@ -20,11 +20,9 @@ from rich.text import Text
 from deployments import tls
 from deployments.local import record
 from deployments.local.record import API_KEY
+from jenga.metrics.map import DATA_VERSION
 from jenga.metrics.memory import GROUP_CAUSES, POOL_CAUSES
 from jenga.units import format_size
-
-VERSION = 1
-"""Of ``/memory/data``, as `deployments.memory_map` writes it."""
 
 _DEFAULT = "http://127.0.0.1:8000"
 _TIMEOUT_S = 15.0
@@ -95,9 +93,9 @@ def ask(base: str, certificate: str | None = None) -> dict[str, Any]:
         data = None
     if not isinstance(data, dict) or not response.is_success or "replicas" not in data:
         raise TopError(_why_not(base, response, data))
-    if data.get("version") != VERSION:
+    if data.get("version") != DATA_VERSION:
         raise TopError(
-            f"{base} tells of its memory in version {data.get('version')}, this program reads {VERSION}: "
+            f"{base} tells of its memory in version {data.get('version')}, this program reads {DATA_VERSION}: "
             "install the same version of jenga-serve on both sides"
         )
     return data
@@ -148,21 +146,23 @@ def render(base: str, data: Mapping[str, Any], trouble: str | None = None) -> Re
     parts: list[RenderableType] = [head]
     if trouble:
         parts.append(Text(f"not up to date: {trouble}", style="yellow"))
-    if silent := data.get("silent_replicas", 0):
+    if silent := data["silent_replicas"]:
         parts.append(Text(f"{silent} replica{'s do' if silent > 1 else ' does'} not answer", style="yellow"))
     elif not replicas:
         parts.append(Text("no replica answers: the deployment may be starting", style="yellow"))
     for replica in replicas:
-        parts += [Text(), *_replica(replica)]
+        parts += [Text(), *_replica(replica, data["stale_after_s"])]
     return Group(*parts)
 
 
-def _replica(replica: Mapping[str, Any]) -> Iterator[RenderableType]:
+def _replica(replica: Mapping[str, Any], stale_after_s: float) -> Iterator[RenderableType]:
     report = replica["report"]
     yield Text.assemble((f"replica {replica['replica']}", "bold"), f"  {replica['model']}")
     if report is None:
         yield Text("  no report: the engine is starting, or vLLM's own memory manager is in charge (JENGA=0)", "dim")
         return
+    if replica["report_age_s"] > stale_after_s:
+        yield Text(f"  this is {replica['report_age_s']:,.0f} s old: the engine did not report since", style="yellow")
     memory, hits, requests = report["memory"], report["hits"], report["requests"]
     rate = f" ({hits['hit_tokens'] / hits['lookup_tokens']:.1%})" if hits["lookup_tokens"] else ""
     yield Text(f"  requests: {requests['resident']:,} resident, {requests['waiting']:,} waiting")

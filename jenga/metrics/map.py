@@ -17,6 +17,8 @@ from jenga.layout import Layout
 
 VERSION = 1
 """Of what `MemoryMap.encode` writes; raised when a reader of the old form would misread the new one."""
+DATA_VERSION = 2
+"""Of the JSON of ``/memory/data``, which the page and `jenga top` read; raised when they rely on something new."""
 
 _LENGTH = struct.Struct("<I")
 

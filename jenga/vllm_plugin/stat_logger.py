@@ -15,13 +15,13 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from jenga.metrics.engine import PERIOD, EngineReport, report_samples
+from jenga.metrics.engine import EngineReport, report_samples
 from jenga.metrics.prometheus import Exporter
 from jenga.vllm_plugin import registered
 from jenga.vllm_plugin.adapter import check_seam
+from jenga.vllm_plugin.asking import ask_on
 
 logger = init_logger("vllm.jenga")
 
@@ -37,7 +37,7 @@ def exporter() -> Exporter:
 
 
 class JengaStatLogger(AggregateStatLoggerBase):
-    """Publishes every engine core's report once per `PERIOD`; does nothing with ``JENGA=0``, or until attached."""
+    """Publishes every engine core's report (`ask_on`); does nothing with ``JENGA=0``, or until attached."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         self.model_name = str(vllm_config.model_config.served_model_name)
@@ -51,7 +51,7 @@ class JengaStatLogger(AggregateStatLoggerBase):
         """Ask through `client`, an asynchronous engine core client, from now on.  Needs a running event loop."""
         if self._task is None:
             self._client = weakref.ref(client)
-            self._task = asyncio.get_running_loop().create_task(self._ask_on())
+            self._task = asyncio.get_running_loop().create_task(ask_on(self._ask_once, logger))
 
     def record(self, *args: Any, **kwargs: Any) -> None:
         """Called with every step's outputs, which say nothing of Jenga."""
@@ -59,23 +59,9 @@ class JengaStatLogger(AggregateStatLoggerBase):
     def log_engine_initialized(self) -> None:
         """Nothing to say: the plan was logged when it was made."""
 
-    async def _ask_on(self) -> None:
-        complained = False
-        while True:
-            client = self._client() if self._client is not None else None
-            if client is None or client.resources.engine_dead:
-                return
-            try:
-                if not await self.ask(client):
-                    return  # vLLM's own manager is in charge
-            except EngineDeadError:
-                return
-            except Exception as error:  # metrics must not hurt serving
-                if not complained:
-                    logger.warning("Jenga's metrics are not up to date: %s: %s", type(error).__name__, error)
-                complained = True
-            del client
-            await asyncio.sleep(PERIOD)
+    async def _ask_once(self) -> bool:
+        client = self._client() if self._client is not None else None
+        return client is not None and not client.resources.engine_dead and await self.ask(client)
 
     async def ask(self, client: Any) -> bool:
         """Ask every engine core and publish the answers; False if Jenga manages none of them."""

@@ -4,30 +4,37 @@ import asyncio
 import gzip
 import io
 import json
+import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentBroadcastResponse
 from rich.console import Console
 from typer.testing import CliRunner, Result
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from deployments import memory_map, top
+from deployments import engine, memory_map, top
 from deployments.cli import add_commands
 from deployments.config import parse_serving
 from jenga.allocator import TwoLevelAllocator
 from jenga.layout import GroupLayout, LayerGroup, Layout
 from jenga.metrics import memory_snapshot
-from jenga.metrics.map import MemoryMap
+from jenga.metrics.engine import EngineReport, HitTotals, RequestCounts, eviction_ages
+from jenga.metrics.map import DATA_VERSION, MemoryMap
+from jenga.metrics.prometheus import Exporter as PrometheusExporter
 from jenga.policies import FullAttention, SlidingWindow
+from jenga.vllm_plugin import asking
 
 LAYOUT = Layout(
     1024,
@@ -50,13 +57,18 @@ def pool() -> TwoLevelAllocator:
 
 
 def report(made: TwoLevelAllocator) -> dict[str, Any]:
-    """An engine's report, as far as the map's readers look."""
-    return {
-        "time": 1e9,
-        "memory": memory_snapshot(LAYOUT, made.usage(), 50 * 1024 + 7).to_dict(),
-        "hits": {"requests": 12, "lookup_tokens": 4000, "hit_requests": 5, "hit_tokens": 1000},
-        "requests": {"resident": 3, "waiting": 1},
-    }
+    """An engine's report, by hand."""
+    return EngineReport(
+        time=1e9,
+        memory=memory_snapshot(LAYOUT, made.usage(), 50 * 1024 + 7),
+        counters=made.counters(),
+        hits=HitTotals(12, 4000, 5, 1000, 0, (0, 0), (0, 0)),
+        requests=RequestCounts(3, 1, (0, 0), (0, 0)),
+        page_tokens=(16, 16),
+        ages=eviction_ages(made),
+        checkpoints=(None, None),
+        stock=None,
+    ).to_dict()
 
 
 class Core:
@@ -249,6 +261,40 @@ def test_pages_of_other_sites_are_refused_where_browsers_send_the_origin_only(se
         assert server.client.get(path, headers={"Host": host, "Origin": origin}).status_code == 200, origin
 
 
+@pytest.mark.asyncio
+async def test_a_report_that_fails_is_asked_for_again_and_an_old_one_is_known_as_such(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: list[Any] = [Exception("Call to jenga_memory method failed: division by zero")] * 2 + [report(pool())]
+    asked: list[str] = []
+
+    class EngineCore:
+        async def call_utility_async(self, question: str) -> Any:
+            asked.append(question)
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(asking, "PERIOD", 0.0)
+    monkeypatch.setattr(engine, "Exporter", lambda labels: PrometheusExporter(labels, CollectorRegistry()))
+    monkeypatch.setattr(engine, "logger", logging.getLogger("engine"))
+    replica: Any = object.__new__(engine.JengaServer)
+    replica.engine = SimpleNamespace(_engine_client=SimpleNamespace(engine_core=EngineCore()))
+    replica._llm_config = SimpleNamespace(model_id="m")
+    replica._memory_watch = memory_map.MemoryWatch(replica._ask_core, "r1", "m")
+    assert (await replica.memory(None, None))["report_age_s"] is None
+    answers.append(None)  # would be vLLM's own manager: the end
+    await replica._export_metrics()
+    assert asked == ["jenga_memory"] * 4
+    assert caplog.text.count("division by zero") == 1
+    live = 30 * 256 + 5 * 1024  # bytes of `pool`
+    assert replica._kv_in_use == round(20 * live / (50 * 1024 + 7)) / 20 > 0
+    told = await replica.memory(None, None)
+    assert told["report"] == report(pool())
+    assert told["report_age_s"] == pytest.approx(time.time() - 1e9, abs=60)
+
+
 def test_switched_off_it_tells_nothing(server: Server) -> None:
     server.routes._memory_map_on = False
     for path in ("/memory", "/memory/data", "/memory/pages?replica=r1", "/memory/page?replica=r1&large=1"):
@@ -287,8 +333,9 @@ def listening() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def summary(**changes: Any) -> dict[str, Any]:
-    replica = {"replica": "r1", "model": "m", "report": report(pool())}
-    return {"version": 1, "taken": 1e9, "period_s": 1.0, "silent_replicas": 0, "replicas": [replica]} | changes
+    replica = {"replica": "r1", "model": "m", "report": report(pool()), "report_age_s": 0.5}
+    told = {"version": DATA_VERSION, "taken": 1e9, "period_s": 1.0, "stale_after_s": 12.0, "silent_replicas": 0}
+    return told | {"replicas": [replica]} | changes
 
 
 def jenga_top(state: Path, *arguments: str) -> Result:
@@ -326,7 +373,7 @@ def test_top_tells_what_is_wrong(listening: tuple[str, dict[str, Any]], tmp_path
     told.update(status=200, body="<html>")
     assert "not as Jenga Serve does" in said()
     told.update(status=200, body=json.dumps(summary(version=9)))
-    assert "version 9, this program reads 1" in said()
+    assert f"version 9, this program reads {DATA_VERSION}" in said()
     with pytest.raises(top.TopError, match="no address"):
         top.ask("here")
     refused = jenga_top(tmp_path, "--once", "--address", "http://127.0.0.1:1")
@@ -338,12 +385,23 @@ def test_top_tells_what_is_wrong(listening: tuple[str, dict[str, Any]], tmp_path
 
 def test_top_shows_replicas_without_a_report_and_what_is_out_of_date() -> None:
     console = Console(width=140, record=True, file=io.StringIO())
-    silent = summary(replicas=[{"replica": "r2", "model": "m", "report": None}])
+    silent = summary(replicas=[{"replica": "r2", "model": "m", "report": None, "report_age_s": None}])
+    aged = summary()
+    console.print(top.render("http://x", aged))
+    assert "old" not in console.export_text()
+    aged["replicas"][0]["report_age_s"] = 1234.5
+    console.print(top.render("http://x", aged))
     console.print(top.render("http://x", silent, trouble="gone [away]"))
     console.print(top.render("http://x", summary(replicas=[])))
     console.print(top.render("http://x", summary(silent_replicas=2)))
     text = console.export_text()
-    for words in ("2 replicas do not answer", "no report", "not up to date: gone [away]", "no replica answers"):
+    for words in (
+        "this is 1,234 s old",
+        "2 replicas do not answer",
+        "no report",
+        "not up to date: gone [away]",
+        "no replica answers",
+    ):
         assert words in text
 
 
