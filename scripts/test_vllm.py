@@ -162,7 +162,7 @@ def wait(runs: Iterable[Run], console: Console) -> None:
     """Wait for the runs, showing how far they are."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:,} tests"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        tasks = {run.mode: progress.add_task(run.mode) for run in runs}
+        tasks = {run.mode: progress.add_task(run.mode, total=None) for run in runs}
         while True:
             running = any(run.process.poll() is None for run in runs)
             for run in runs:

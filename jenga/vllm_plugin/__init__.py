@@ -5,6 +5,7 @@ vLLM loads `register` in every one of its processes through the entry point grou
 logged line that says why.
 """
 
+import logging
 import os
 
 SWITCH = "JENGA"
@@ -22,7 +23,10 @@ def register() -> None:
     setting = os.environ.get(SWITCH, "1")
     if setting not in ("0", "1"):
         raise ValueError(f"{SWITCH}={setting!r}: use 1 (Jenga's memory manager, the default) or 0 (vLLM's own)")
-    if setting == "0" or _registered:
+    if setting == "0":
+        logging.getLogger("vllm.jenga").info("Jenga is off (%s=0): vLLM's own memory manager is in charge", SWITCH)
+        return
+    if _registered:
         return
     from jenga.vllm_plugin import adapter
 

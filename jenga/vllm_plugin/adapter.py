@@ -112,16 +112,17 @@ def check_version(version: str) -> None:
         )
 
 
-def check_seam(function: Callable[..., Any], parameters: tuple[str, ...]) -> None:
-    """Refuse a seam whose parameters are not the ones the replacement takes.
+def check_seam(function: Callable[..., Any], parameters: tuple[str, ...], name: str = "") -> None:
+    """Refuse a seam whose parameters are not the ones the replacement takes; `name` is where it was found.
 
     Raises:
         RuntimeError: names the function and both signatures.
     """
     found = tuple(inspect.signature(function).parameters)[: len(parameters)]
     if found != parameters:
+        where = name.replace(":", ".") or f"{function.__module__}.{function.__qualname__}"
         raise RuntimeError(
-            f"vLLM's {function.__module__}.{function.__qualname__} takes {found}, Jenga's plugin expects {parameters}. "
+            f"vLLM's {where} takes {found}, Jenga's plugin expects {parameters}. "
             "This vLLM was changed; install it anew, or turn the plugin off with JENGA=0."
         )
 
@@ -160,7 +161,7 @@ def install() -> None:
 
     of_platform = _CPU_SEAMS if current_platform.is_cpu() else _GPU_SEAMS if current_platform.is_cuda_alike() else {}
     for name, parameters in (_SEAMS | of_platform).items():
-        check_seam(find_seam(name), parameters)
+        check_seam(find_seam(name), parameters, name)
 
     from jenga.vllm_plugin import (
         checkpoints,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from jenga import vllm_plugin
@@ -25,6 +27,8 @@ def test_changed_signature_is_refused() -> None:
     adapter.check_seam(seam, ("a", "b"))
     with pytest.raises(RuntimeError, match=r"takes \('a', 'b'\), Jenga's plugin expects \('a', 'c'\)"):
         adapter.check_seam(seam, ("a", "c"))
+    with pytest.raises(RuntimeError, match=r"vLLM's vllm\.there\.seam takes"):
+        adapter.check_seam(seam, ("a", "c"), "vllm.there:seam")
 
 
 def test_installed_vllm_has_every_seam() -> None:
@@ -55,8 +59,11 @@ def test_switch_takes_only_0_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
         vllm_plugin.register()
 
 
-def test_switched_off_installs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switched_off_installs_nothing_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("vllm.jenga"), "info", lambda line, *values: said.append(line % values))
     monkeypatch.setenv("JENGA", "0")
     monkeypatch.setattr(vllm_plugin, "_registered", False)
     monkeypatch.setattr(adapter, "install", lambda: pytest.fail("installed"))
     vllm_plugin.register()
+    assert said == ["Jenga is off (JENGA=0): vLLM's own memory manager is in charge"]
