@@ -10,6 +10,7 @@ import asyncio
 import gzip
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from jenga.metrics.engine import PERIOD
 from jenga.metrics.map import DATA_VERSION, MemoryMap
+from jenga.vllm_plugin.asking import unknown_to_core
 
 logger = logging.getLogger("ray.serve")
 
@@ -48,6 +50,8 @@ ENDPOINTS = {
 OFF = "memory_map_off"
 """Error code of every route here where the configuration switches the page off."""
 
+_KEPT_S = 60.0
+"""More than anybody waits for a turn."""
 _FILE = Path(__file__).with_name("memory_map.html")
 # Scripts and data of this page only: nothing is ever fetched from elsewhere.
 _HEADERS = {
@@ -60,6 +64,31 @@ _HEADERS = {
 Ask = Callable[..., Awaitable[Any]]
 
 
+class _InTurn:
+    """One kind of question, one at a time; who waits while the same is asked gets that answer."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._lock = asyncio.Lock()
+        self._asked = 0.0
+        self._answers: dict[Any, tuple[float, Any]] = {}
+
+    async def __call__(self, question: Any, *, fresh_s: float = 0.0, pause_s: float = 0.0) -> Any:
+        """The answer: one to a question begun at most `fresh_s` ago, or to one begun `pause_s` after the last."""
+        enough = time.monotonic() - fresh_s
+        async with self._lock:
+            begun, answer = self._answers.get(question, (-math.inf, None))
+            if begun >= enough:
+                return answer
+            await asyncio.sleep(max(0.0, self._asked + pause_s - time.monotonic()))
+            self._asked = begun = time.monotonic()
+            answer = await self._ask(question)
+            oldest = begun - _KEPT_S
+            self._answers = {each: known for each, known in self._answers.items() if known[0] > oldest}
+            self._answers[question] = begun, answer
+            return answer
+
+
 class MemoryWatch:
     """In a replica: answers about its engine's memory, asked of the engine core as seldom as freshness allows."""
 
@@ -68,9 +97,8 @@ class MemoryWatch:
         self._ask = ask
         self._replica = replica
         self._model = model
-        self._map_lock, self._page_lock = asyncio.Lock(), asyncio.Lock()
-        self._map, self._map_told = b"", 0.0
-        self._page_told = 0.0
+        self._map = _InTurn(lambda _: _or_problem(self._tell_map()))
+        self._page = _InTurn(lambda large: _or_problem(self._tell_page(large)))
 
     async def answer(
         self, report: Mapping[str, Any] | None, wanted: str | None, large: int | None
@@ -85,35 +113,43 @@ class MemoryWatch:
             return {"replica": self._replica, "model": self._model, "report": report, "report_age_s": age}
         if wanted != self._replica:
             return None
-        try:
-            async with asyncio.timeout(ANSWER_S):
-                return await (self._tell_map() if large is None else self._tell_page(large))
-        except TimeoutError:
-            return {"problem": "busy"}
-        except EngineDeadError:
-            raise  # the replica ends with it
-        except Exception as error:
-            # No plugin in the core (JENGA=0): it does not know the question.
-            logger.debug("no memory map of this engine: %s", error)
-            return {"problem": "no map"}
+        told: dict[str, Any] | bytes
+        if large is None:
+            told = await self._map(None, fresh_s=PERIOD_S)
+        else:
+            told = await self._page(large, pause_s=PAGE_PERIOD_S)
+        return told
 
     async def _tell_map(self) -> bytes | dict[str, Any]:
-        async with self._map_lock:
-            if time.monotonic() - self._map_told >= PERIOD_S:
-                taken = await self._ask("jenga_map")
-                if taken is None:
-                    return {"problem": "no map"}
-                # Beside the event loop: what the engine core only copied takes milliseconds to compress.
-                self._map = await asyncio.to_thread(_compressed, taken, self._replica)
-                self._map_told = time.monotonic()
-            return self._map
+        taken = await self._ask_core("jenga_map")
+        if taken is None:
+            return {"problem": "no map"}
+        # Beside the event loop: what the engine core only copied takes milliseconds to compress.
+        return await asyncio.to_thread(_compressed, taken, self._replica)
 
     async def _tell_page(self, large: int) -> dict[str, Any]:
-        async with self._page_lock:
-            await asyncio.sleep(max(0.0, self._page_told + PAGE_PERIOD_S - time.monotonic()))
-            self._page_told = time.monotonic()
-            found: dict[str, Any] | None = await self._ask("jenga_large_page", large)
-            return {"problem": "no page"} if found is None else found
+        found = await self._ask_core("jenga_large_page", large)
+        return {"problem": "no page"} if found is None else found
+
+    async def _ask_core(self, *question: Any) -> dict[str, Any] | None:
+        # The limit is not around the turns that others take first: only a busy engine is said to be busy.
+        async with asyncio.timeout(ANSWER_S):
+            answer: dict[str, Any] | None = await self._ask(*question)
+            return answer
+
+
+async def _or_problem(telling: Awaitable[bytes | dict[str, Any]]) -> bytes | dict[str, Any]:
+    try:
+        return await telling
+    except TimeoutError:
+        return {"problem": "busy"}
+    except EngineDeadError:
+        raise  # the replica ends with it
+    except Exception as error:
+        if unknown_to_core(error):
+            return {"problem": "no map"}
+        logger.warning("the engine did not tell of its memory: %s: %s", type(error).__name__, error)
+        return {"problem": "failed"}
 
 
 def _compressed(taken: Mapping[str, Any], replica: str) -> bytes:
@@ -191,6 +227,8 @@ class MemoryRoutes:
         match problem:
             case "busy":
                 return _refused(503, "replica_busy", replica=replica)
+            case "failed":
+                return _refused(500, "map_failed", replica=replica)
             case "no map":
                 return _refused(404, "no_map", replica=replica)
             case "no page":
@@ -269,6 +307,7 @@ _WORDS = {
     "replica_gone": "Replica '{replica}' is gone: it ended, or Ray replaced it. /memory/data lists those that run.",
     "replica_busy": "Replica '{replica}' did not answer in time: its engine is busy with a long step, or its "
     "process stands still.",
+    "map_failed": "Replica '{replica}' could not tell of its memory; its log says why.",
     "no_map": "Replica '{replica}' has no map: vLLM's own memory manager is in charge of it (JENGA=0, or a model or "
     "setting that Jenga leaves to vLLM; the replica's log says which).",
     "no_page": "Replica '{replica}' has no large page {large}, or vLLM's own memory manager.",

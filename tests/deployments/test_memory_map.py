@@ -192,7 +192,9 @@ def test_a_map_reaches_the_browser_whole_and_the_core_is_asked_once_for_all_who_
     assert server.client.get("/memory/page", params={"replica": "r1", "large": 3}).json() == {"large": 3}
 
 
-def test_what_cannot_be_shown_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_shown_is_told(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     assert server.error("/memory/pages?replica=r2")[:2] == (404, "replica_gone")
     assert server.error("/memory/page?replica=r1&large=50")[:2] == (404, "no_page")
     for path in ("/memory/data", "/memory/pages?replica=r1", "/memory/page?replica=r1&large=1"):
@@ -204,8 +206,19 @@ def test_what_cannot_be_shown_is_told(server: Server, monkeypatch: pytest.Monkey
     status, code, said = server.error("/memory/pages?replica=r1")
     assert (status, code) == (404, "no_map")
     assert "JENGA=0" in said
-    server.core.fault = Exception("Call to jenga_map method failed: no such attribute")  # vLLM's words, with JENGA=0
-    assert server.error("/memory/pages?replica=r1")[:2] == (404, "no_map")
+    for path, question in (("pages?replica=r1", "jenga_map"), ("page?replica=r1&large=1", "jenga_large_page")):
+        words = f"Call to {question} method failed: 'EngineCoreProc' object has no attribute"
+        caplog.clear()
+        server.core.fault = Exception(f"{words} '{question}'")  # with JENGA=0
+        assert server.error(f"/memory/{path}")[:2] == (404, "no_map")
+        assert "did not tell" not in caplog.text
+        for fault in (Exception(f"{words} 'blocks'"), ValueError("anything else")):
+            server.core.fault = fault
+            caplog.clear()
+            status, code, said = server.error(f"/memory/{path}")
+            assert (status, code) == (500, "map_failed")
+            assert "JENGA=0" not in said
+            assert str(fault) in caplog.text, "the log says why"
     server.core.fault = EngineDeadError()
     assert server.error("/memory/pages?replica=r1")[:2] == (404, "replica_gone")
     server.core.fault = None
@@ -259,6 +272,25 @@ def test_pages_of_other_sites_are_refused_where_browsers_send_the_origin_only(se
         ("[::1]:8000", "http://[::1]:8000"),
     ):
         assert server.client.get(path, headers={"Host": host, "Origin": origin}).status_code == 200, origin
+
+
+@pytest.mark.asyncio
+async def test_many_who_look_do_not_make_an_idle_engine_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is the engine's, not that of those who wait for their turn; the same page is looked into once."""
+    monkeypatch.setattr(memory_map, "ANSWER_S", 0.2)
+    monkeypatch.setattr(memory_map, "PAGE_PERIOD_S", 0.02)
+    core = Core()
+    watch = memory_map.MemoryWatch(core.ask, "r1", "m")
+    pages = list(range(30))  # 0.6 s of turns
+    found = await asyncio.gather(*(watch.answer(None, "r1", page) for page in pages * 20))
+    assert found == [{"large": page} for page in pages * 20]
+    assert core.asked == [("jenga_large_page", page) for page in pages]
+    assert await watch.answer(None, "r1", 3) == {"large": 3}
+    assert len(core.asked) == len(pages) + 1, "who comes later gets a look of his own"
+    core.stuck = True
+    busy = await asyncio.gather(*(watch.answer(None, "r1", large) for large in [None, 3] * 10))
+    assert busy == [{"problem": "busy"}] * 20
+    assert len(core.asked) == len(pages) + 3
 
 
 @pytest.mark.asyncio
