@@ -74,7 +74,10 @@ def attention_backend(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> type
         return cast(
             type[Any],
             get_attn_backend(
-                attention.head_size, attention.dtype, config.cache_config.cache_dtype, use_mla=model.use_mla
+                attention.head_size,
+                cast(Any, model.dtype),  # resolved by now; the cache's may be another
+                config.cache_config.cache_dtype,
+                use_mla=model.use_mla,
             ),
         )
 
