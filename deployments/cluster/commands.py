@@ -228,15 +228,16 @@ def down(path: Path, *, console: Console, folder: Path) -> None:
             if line.strip() and console.is_terminal:
                 phase.tell(line.strip()[-100:])
     if cluster.provider == "local":
-        with progress.phase("stop Ray on the workers"):
-            for address in cluster.raw["provider"]["worker_ips"]:
-                _stop_worker(cluster, address, console)
+        with progress.phase("stop what is left of Ray on every machine"):
+            provider = cluster.raw["provider"]
+            for address in [*provider["worker_ips"], provider["head_ip"]]:
+                _stop_node(cluster, address, console)
     _record(folder, cluster.name).unlink(missing_ok=True)
     console.print(f"{escape(cluster.name)} is down", highlight=False)
 
 
-def _stop_worker(cluster: ClusterFile, address: str, console: Console) -> None:
-    """Ray's own `down` leaves workers of `local` running when the head cannot reach them."""
+def _stop_node(cluster: ClusterFile, address: str, console: Console) -> None:
+    """Ray's own `down` leaves workers of `local` running, and does not say so when it could not stop the head."""
     auth = cluster.raw["auth"]
     options = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "ConnectTimeout=10"]
     key = ["-i", str(Path(auth["ssh_private_key"]).expanduser()), "-o", "IdentitiesOnly=yes"]

@@ -62,7 +62,8 @@ def files(lab: Lab) -> dict[str, Path]:
     commands = cluster["setup_commands"]
     commands[commands.index(install)] = (
         # What was copied there runs, not the repository that the environment points to.
-        f"ln -sfn {sys.prefix} ~/jenga-serve/.venv && echo 'export PYTHONPATH=~/jenga-serve' >> ~/.bashrc"
+        f"ln -sfn {sys.prefix} ~/jenga-serve/.venv && "
+        "(grep -q PYTHONPATH ~/.bashrc || echo 'export PYTHONPATH=~/jenga-serve' >> ~/.bashrc)"
     )
     token = lab.folder / "token"
     token.write_text(secrets.token_hex(32))
