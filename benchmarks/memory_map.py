@@ -2,7 +2,8 @@
 
     python benchmarks/memory_map.py --large-pages 100000
 
-A full buffer in random order (the worst for compression): half of it live, in 300 requests; the rest cached.
+A full buffer in random order (the worst for compression): half of it live, in 300 requests; the rest cached.  And looks
+into one large page of a hybrid with many small pages, all of one request among 512.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from jenga.allocator import TwoLevelAllocator
 from jenga.layout import GroupLayout, LayerGroup, Layout
-from jenga.metrics.map import MemoryMap
+from jenga.metrics.map import LargePage, MemoryMap
 from jenga.policies import FullAttention, SlidingWindow
 from jenga.vllm_plugin.memory_map import large_page
 
 REQUESTS = 300
 RATIOS = (5, 1)
 PAGE_TOKENS = 32
+HYBRID_REQUESTS, HYBRID_PAGES = 512, 1024
+HYBRID_RATIOS = (98, 364)
+"""Of hybrids in docs/zoo.md: full attention beside large recurrent states."""
 
 
 def fill(large_pages: int, seed: int) -> tuple[SimpleNamespace, SimpleNamespace]:
@@ -58,6 +62,29 @@ def fill(large_pages: int, seed: int) -> tuple[SimpleNamespace, SimpleNamespace]
         allocator=allocator, pools=pools, single_type_managers=managers, kv_cache_config=config
     )
     return coordinator, SimpleNamespace(requests={})
+
+
+def hybrid(ratio: int) -> Callable[[], LargePage]:
+    """A look into a large page whose `ratio` pages can be found and belong to the middle one of many requests."""
+    group = GroupLayout(LayerGroup("full", FullAttention(), 1, PAGE_TOKENS, 64), ratio, 64)
+    large_pages = HYBRID_REQUESTS * -(-HYBRID_PAGES // ratio) + 1
+    allocator = TwoLevelAllocator(large_pages, (ratio,))
+    blocks = [KVCacheBlock(number) for number in range(large_pages * ratio)]
+    tables: dict[str, list[KVCacheBlock]] = {}
+    for who in range(HYBRID_REQUESTS):
+        row = tables[f"cmpl-{who:08x}-0"] = [blocks[page] for page in allocator.allocate(0, HYBRID_PAGES)]
+        for block in row:
+            block.ref_cnt = 1
+    manager = SimpleNamespace(req_to_blocks=tables, block_size=PAGE_TOKENS)
+    name_pages(manager)
+    coordinator: Any = SimpleNamespace(
+        allocator=allocator,
+        pools=[SimpleNamespace(blocks=blocks)],
+        single_type_managers=[manager],
+        kv_cache_config=SimpleNamespace(layout=Layout(64 * ratio, (group,), 0.0, 0.0, "by hand")),
+    )
+    large = list(tables.values())[HYBRID_REQUESTS // 2][HYBRID_PAGES // 2].block_id // ratio
+    return lambda: large_page(coordinator, SimpleNamespace(requests={}), large, time.monotonic())
 
 
 def name_pages(manager: Any) -> None:
@@ -99,6 +126,9 @@ def main() -> None:
     table.add_row("engine core: a large page that only block tables know", f"{median_ms(look):.2f} ms")
     name_pages(manager)
     table.add_row("engine core: a large page whose pages can be found", f"{median_ms(look):.2f} ms")
+    for ratio in HYBRID_RATIOS:
+        what = f"engine core: the same, {ratio} pages, {HYBRID_REQUESTS} requests"
+        table.add_row(what, f"{median_ms(hybrid(ratio)):.2f} ms")
     table.add_row("replica: compress a map", f"{median_ms(lambda: gzip.compress(encoded, 1)):.2f} ms")
     table.add_row("bytes between engine core and replica", f"{len(encoded):,}")
     table.add_row("bytes to the browser", f"{len(gzip.compress(encoded, 1)):,}")

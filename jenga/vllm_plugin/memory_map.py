@@ -7,8 +7,13 @@ large page cost one look at every running request.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
+from collections.abc import Iterable
+from itertools import compress
+from operator import is_, itemgetter
 from typing import Any, Literal
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.engine.core import EngineCore
 
@@ -88,18 +93,11 @@ def _holders(manager: SingleTypeKVCacheManager, pool: GroupPool, pages: list[int
 
     Most pages know their index by their hash, which spares the search of every table.
     """
-    size, found = manager.block_size, dict[int, list[tuple[str, int]]]()
-    tables = manager.req_to_blocks
-    for page in pages:
-        block = pool.blocks[page]
-        if block.block_hash_num_tokens is not None:
-            index = (block.block_hash_num_tokens - 1) // size
-            holders = [(who, index) for who, row in tables.items() if index < len(row) and row[index] is block]
-            found[page] = holders
+    found = _found_by_index(manager, [pool.blocks[page] for page in pages])
     missing = {page: pool.blocks[page].ref_cnt for page in pages}
     missing = {page: count for page, count in missing.items() if len(found.get(page, ())) < count}
     found.update({page: [] for page in missing})
-    for who, row in tables.items() if missing else ():
+    for who, row in manager.req_to_blocks.items() if missing else ():
         numbers = [block.block_id for block in row]
         if missing.keys().isdisjoint(numbers):
             continue
@@ -108,6 +106,33 @@ def _holders(manager: SingleTypeKVCacheManager, pool: GroupPool, pages: list[int
                 found[page].append((who, index))
         missing = {page: count for page, count in missing.items() if len(found[page]) < count}
         if not missing:
+            break
+    return found
+
+
+def _found_by_index(
+    manager: SingleTypeKVCacheManager, blocks: Iterable[KVCacheBlock]
+) -> dict[int, list[tuple[str, int]]]:
+    """Holders of those pages that know their index, which is the same in every table."""
+    size = manager.block_size
+    wanted = [((end - 1) // size, block) for block in blocks if (end := block.block_hash_num_tokens) is not None]
+    wanted.sort(key=itemgetter(0))
+    found = {block.block_id: list[tuple[str, int]]() for _, block in wanted}
+    indices, sought = [index for index, _ in wanted], [block for _, block in wanted]
+    for who, row in manager.req_to_blocks.items():
+        # A large page may have hundreds of pages, and most tables none of them: no loop of Python's over both.
+        within = indices[: bisect_left(indices, len(row))]
+        if not within:
+            continue
+        there = itemgetter(*within)(row) if len(within) > 1 else (row[within[0]],)
+        held = list(compress(range(len(within)), map(is_, sought, there)))
+        if not held:
+            continue
+        for at in held:
+            found[sought[at].block_id].append((who, indices[at]))
+        short = [len(found[block.block_id]) < block.ref_cnt for block in sought]
+        indices, sought = list(compress(indices, short)), list(compress(sought, short))
+        if not sought:
             break
     return found
 

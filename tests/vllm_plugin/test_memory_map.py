@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from jenga.allocator import CLOCK_HZ, RESERVED, UNOWNED, PageState
 from jenga.metrics.map import LargePage, MemoryMap
@@ -122,3 +123,30 @@ def test_a_wrong_owner_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     twins = Twins("windows", monkeypatch, caching=True, seed=2)
     with pytest.raises(AssertionError):
         play(twins)
+
+
+class Untouched(list[KVCacheBlock]):
+    """A table that nobody may look into."""
+
+    def __len__(self) -> int:
+        raise AssertionError("every holder was known already")
+
+
+def test_a_look_passes_the_tables_once_and_stops_at_the_last_holder() -> None:
+    """Hybrids have hundreds of pages in a large page: the cost must not be their number times the requests'."""
+    blocks = [KVCacheBlock(number) for number in range(400)]
+    for block in blocks[:364]:
+        block.ref_cnt = 1
+    one, other = blocks[:200], blocks[200:364]  # two requests' pages in one large page
+    for row in (one, other):
+        for index, block in enumerate(row):
+            block.set_block_hash(b"", 16 * (index + 1))
+    one[0].ref_cnt = 3  # a shared prefix, of a short request as well
+    tables = {"stranger": blocks[364:400], "one": one, "empty": [], "short": [one[0]], "other": [one[0], *other[1:]]}
+    other[0].ref_cnt = 0
+    expected = {block.block_id: [("one", index)] for index, block in enumerate(one)}
+    expected[0] += [("short", 0), ("other", 0)]
+    expected |= {block.block_id: [("other", index)] for index, block in enumerate(other) if index}
+    manager: Any = SimpleNamespace(req_to_blocks=tables | {"last": Untouched()}, block_size=16)
+    pages = [block.block_id for block in blocks[:364] if block.ref_cnt]
+    assert memory_map._holders(manager, SimpleNamespace(blocks=blocks), pages) == expected  # type: ignore[arg-type]
