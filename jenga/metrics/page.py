@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jenga.metrics.definitions import METRICS, VLLM_METRICS, Label, Metric, Source
+from jenga.metrics.engine import PERIOD
 
 TITLES: dict[Source, str] = {
     "engine": "Of an engine",
@@ -12,7 +13,7 @@ TITLES: dict[Source, str] = {
     "router": "Of a router",
 }
 
-_INTRO = """# Metrics
+_INTRO = f"""# Metrics
 
 This page is written by `jenga metrics --markdown > docs/metrics.md` from `jenga/metrics/definitions.py`, from which all
 exporters are made too; a test compares them. `jenga metrics` prints the tables.
@@ -25,7 +26,7 @@ exporters are made too; a test compares them. `jenga metrics` prints the tables.
 | vLLM's own | `ray_vllm_...`, labels `model_name`, `ReplicaId` | `vllm:...` |
 | router's | of each process that routes (the ingress replicas) | none |
 
-An engine's values are one report, which its core writes between two steps when it is asked, every four seconds: they
+An engine's values are one report, which its core writes between two steps when it is asked, every {PERIOD:g} seconds: they
 fit together. Ray's own reporting period (10 s, `RAY_metrics_report_interval_ms`) comes on top. Counters begin at 0 with
 the first report; of a histogram Ray exports nothing before the first value, and its `_sum` is from the middles of
 buckets (counts are exact).

@@ -387,7 +387,7 @@ def test_the_memory_map_shows_the_pages_that_the_reports_count(served: Running) 
         assert "<canvas" in http.get("/memory").text
     answer(served, prompt="cached from now on " * 12)
     end = time.monotonic() + 30
-    while True:  # a report is up to two seconds older than a map
+    while True:  # a report is older than a map
         told = reports(served)
         maps = {replica: pages(served, replica) for replica in told}
         seen = {
