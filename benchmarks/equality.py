@@ -11,6 +11,7 @@ from faults).
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -97,6 +98,7 @@ def spec(model: Path, dtype: str, setting: Setting) -> dict[str, Any]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     console = Console()
     begun = time.perf_counter()
     plan = [
