@@ -164,7 +164,7 @@ class _Group:
     def evict(self, cause: int, pages: int, age: int) -> None:
         """Count `pages` pages that were evicted together."""
         self.evicted[cause] += pages
-        bucket = (age - 1).bit_length()
+        bucket = (max(age, 1) - 1).bit_length()
         self.ages[bucket] += 1
         self.ages[AGE_BUCKETS + bucket] += age
 

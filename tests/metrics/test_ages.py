@@ -59,6 +59,15 @@ def test_a_large_page_is_one_eviction_of_several_pages() -> None:
     assert sum(found.sums) == 4
 
 
+def test_what_is_evicted_at_once_is_in_the_first_bucket() -> None:
+    pool = TwoLevelAllocator(2, [1, 1])
+    pool.tick(at(5))
+    pool.release(0, pool.allocate(0, 1)[0], keep=True)
+    pool.allocate(1, 1)
+    numbers, steps = pool.eviction_ages(0)
+    assert (numbers.index(1), sum(numbers), sum(steps)) == (0, 1, 0)
+
+
 def test_without_a_time_the_clock_counts_steps() -> None:
     pool = TwoLevelAllocator(2, [1, 1])
     pool.tick(at(50))
