@@ -26,9 +26,9 @@ exporters are made too; a test compares them. `jenga metrics` prints the tables.
 | vLLM's own | `ray_vllm_...`, labels `model_name`, `ReplicaId` | `vllm:...` |
 | router's | of each process that routes (the ingress replicas) | none |
 
-An engine's values are one report, which its core writes between two steps when it is asked, every {PERIOD:g} seconds: they
-fit together. Ray's own reporting period (10 s, `RAY_metrics_report_interval_ms`) comes on top. Counters begin at 0 with
-the first report; of a histogram Ray exports nothing before the first value, and its `_sum` is from the middles of
+An engine's values are one report, which its core writes between two steps when it is asked, every {PERIOD:g} seconds:
+they fit together. Ray's own reporting period (10 s, `RAY_metrics_report_interval_ms`) comes on top. Counters begin at 0
+with the first report; of a histogram Ray exports nothing before the first value, and its `_sum` is from the middles of
 buckets (counts are exact).
 
 **Dead replicas.** Ray keeps exporting the counters of a process that has died, until its node's agent ends; gauges that
