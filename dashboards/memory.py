@@ -8,6 +8,7 @@ from dashboards import expressions as e
 from dashboards.panels import CAUSE_COLOURS, Line, Text, heat, number, page, series
 from dashboards.source import Source
 from jenga.metrics.definitions import POOL
+from jenga.metrics.memory import LIVE_CAUSES
 
 UID = "jenga-memory"
 _BY_CAUSE = (
@@ -53,8 +54,7 @@ def dashboard(s: Source) -> Dashboard:
                 "Share of the KV memory that requests hold now.",
                 "Near 100 % requests wait and are preempted: more replicas, more kv_memory, or shorter requests.",
             ),
-            f"{e.total(s.ours('jenga_memory_bytes', _any('needed', 'tail', 'droppable')))} / "
-            f"{e.total(s.ours('jenga_buffer_bytes'))}",
+            f"{e.total(s.ours('jenga_memory_bytes', _any(*LIVE_CAUSES)))} / {e.total(s.ours('jenga_buffer_bytes'))}",
             bad_above=0.95,
         )
     )

@@ -22,6 +22,7 @@ from deployments.placement import KV_IN_USE
 from deployments.router_metrics import Predictions
 from jenga.metrics import Sample
 from jenga.metrics.engine import EngineReport, report_samples
+from jenga.metrics.memory import LIVE_CAUSES
 from jenga.vllm_plugin.asking import ANSWER_S, ask_on
 
 logger = logging.getLogger("ray.serve")
@@ -31,8 +32,7 @@ _LOG_TAIL_BYTES = 1 << 20
 # How often the engine's death is looked for, and how long the errors of its requests have to be sent.
 _WATCH_S = 0.2
 _LAST_WORDS_S = 0.3
-# Causes of `jenga.metrics` that live requests account for, and the steps of the fraction told to routers.
-_LIVE = ("needed", "tail", "droppable")
+# Steps of the fraction of memory in use that routers are told.
 _STEPS = 20
 # vLLM's own metrics have it too.
 _LABELS = ("model_name",)
@@ -152,7 +152,7 @@ class JengaServer(LLMServer):
         """Samples of what `jenga_memory` answered; lazily, so that the exporter meets its faults."""
         report = EngineReport.from_dict(data)
         causes = report.memory.by_cause()
-        in_use = sum(causes[cause] for cause in _LIVE) / report.memory.buffer_bytes
+        in_use = sum(causes[cause] for cause in LIVE_CAUSES) / report.memory.buffer_bytes
         # In steps, because every change is sent to every router.
         self._kv_in_use = round(in_use * _STEPS) / _STEPS
         yield from report_samples(report)

@@ -20,6 +20,8 @@ SCHEMA_VERSION = 1
 
 GROUP_CAUSES = ("needed", "tail", "droppable", "cached", "padding", "stranded")
 POOL_CAUSES = ("reserved", "free", "remainder")
+LIVE_CAUSES = ("needed", "tail", "droppable")
+"""Those that live requests account for."""
 
 
 @dataclass(frozen=True)

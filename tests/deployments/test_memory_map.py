@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -27,11 +28,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from deployments import engine, memory_map, top
 from deployments.cli import add_commands
 from deployments.config import parse_serving
-from jenga.allocator import TwoLevelAllocator
+from jenga.allocator import RESERVED, UNOWNED, PageState, TwoLevelAllocator
 from jenga.layout import GroupLayout, LayerGroup, Layout
 from jenga.metrics import memory_snapshot
 from jenga.metrics.engine import EngineReport, HitTotals, RequestCounts, eviction_ages
-from jenga.metrics.map import DATA_VERSION, MemoryMap
+from jenga.metrics.map import DATA_VERSION, VERSION, MemoryMap
+from jenga.metrics.memory import GROUP_CAUSES, LIVE_CAUSES, POOL_CAUSES
 from jenga.metrics.prometheus import Exporter as PrometheusExporter
 from jenga.policies import FullAttention, SlidingWindow
 from jenga.vllm_plugin import asking
@@ -170,6 +172,24 @@ def test_the_page_needs_nothing_from_elsewhere(server: Server) -> None:
     assert got.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in got.headers["content-security-policy"]
     assert "//" not in got.text.replace("// ", "").replace("<!-- ", "")  # no address of another host
+
+
+def test_the_page_s_constants_are_ours() -> None:
+    page = memory_map._FILE.read_text()
+    ours = {
+        "FREE": PageState.FREE,
+        "LIVE": PageState.LIVE,
+        "CACHED": PageState.CACHED,
+        "UNOWNED": UNOWNED,
+        "RESERVED": RESERVED,
+        "VERSION": VERSION,
+        "DATA_VERSION": DATA_VERSION,
+    }
+    for name, value in ours.items():
+        assert re.findall(rf"^const (?:.*, )?{name} = (-?\d+)[,;]", page, re.MULTILINE) == [str(int(value))], name
+    (causes,) = re.findall(r"^const CAUSES = (\[.*\]);$", page, re.MULTILINE)
+    assert json.loads(causes) == [*GROUP_CAUSES, *POOL_CAUSES]
+    assert set(LIVE_CAUSES) < set(GROUP_CAUSES)
 
 
 def test_a_map_reaches_the_browser_whole_and_the_core_is_asked_once_for_all_who_look(
