@@ -5,6 +5,7 @@ application's ``args``.  No Ray and no vLLM are imported here, so that a wrong f
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -74,6 +75,17 @@ class Engine(Section):
     enforce_eager: bool = False
     prefix_caching: bool = True
     extra: dict[str, Any] = Field(default_factory=dict, description="further vLLM engine arguments")
+
+    @field_validator("kv_memory", mode="before")
+    @classmethod
+    def _has_a_unit(cls, value: Any) -> Any:
+        if re.fullmatch(r"\s*\d+\s*", str(value)) and 0 < int(value) < 1 << 20:
+            raise PydanticCustomError(
+                "no_unit",
+                "{value} has no unit and would be {value} bytes; write {value}MiB or {value}GiB",
+                {"value": value},
+            )
+        return value
 
     @field_validator("extra")
     @classmethod

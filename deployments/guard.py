@@ -128,7 +128,7 @@ def _key(ring: KeyRing, scope: MutableMapping[str, Any], path: str) -> Key | Res
     presented = _presented(Headers(scope=scope).get("authorization", ""), basic=memory)
     scope["headers"] = [(name, value) for name, value in scope["headers"] if name.lower() != b"authorization"]
     # A browser asks its user for a key only if Basic is offered.
-    challenge = {"WWW-Authenticate": 'Basic realm="password: an API key"' if memory else "Bearer"}
+    challenge = {"WWW-Authenticate": 'Basic realm="password: an API key made with --admin"' if memory else "Bearer"}
     if presented is None:
         return error_response(
             "You did not provide an API key. Send one in the header: Authorization: Bearer YOUR_KEY.",

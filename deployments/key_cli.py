@@ -11,6 +11,7 @@ from rich.table import Table
 
 from deployments import keyring
 from deployments.keyring import KeyFileError, KeyRing
+from jenga.terminal import table_console
 
 app = typer.Typer(name="keys", help="API keys of the REST interface (docs/security.md).", no_args_is_help=True)
 
@@ -64,8 +65,9 @@ def list_keys(
     columns = ("name", "tenant", "admin", "requests_per_minute", "concurrent_requests", "created")
     table = Table(*(column.replace("_", " ") for column in columns))
     for key in shown:
+        key["created"] = str(key["created"])[:10]
         table.add_row(*("" if key[column] in (None, False) else str(key[column]) for column in columns))
-    Console().print(table)
+    table_console().print(table)
 
 
 @app.command()

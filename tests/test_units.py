@@ -30,6 +30,11 @@ def test_no_sizes(text: str) -> None:
         parse_size(text, "--memory")
 
 
+def test_a_forgotten_unit() -> None:
+    with pytest.raises(ValueError, match=r"--memory '40' has no unit and would be 40 bytes; write 40GiB"):
+        parse_size("40", "--memory")
+
+
 def test_no_memory() -> None:
     with pytest.raises(ValueError, match="no memory at all"):
         parse_size("0GiB")

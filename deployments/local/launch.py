@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -198,9 +199,15 @@ def _with_options(config: ServeFile, options: Options) -> ServeFile:
     args = app.args.model_copy(update={"model": app.args.model.model_copy(update={"path": folder})})
     if not (Path(folder) / "config.json").is_file() and app.args.model.demo is None:
         state = "has no config.json" if Path(folder).is_dir() else "does not exist"
+        name = app.args.model.path
+        hub = (
+            f"; models of the Hugging Face hub are not downloaded: .venv/bin/hf download {name} --local-dir {name}"
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+            else ""
+        )
         raise ConfigError(
             f"model.path: the model folder {folder} {state}; put the model there, correct the path, "
-            "or name a demo model in model.demo"
+            f"or name a demo model in model.demo{hub}"
         )
     if http.ssl_certfile is not None and http.ssl_keyfile is not None:
         files = {key: str(Path(getattr(http, key)).expanduser().absolute()) for key in ("ssl_certfile", "ssl_keyfile")}
@@ -271,9 +278,10 @@ def _make_demo_model(config: ServeFile, progress: Progress) -> None:
     from jenga import demo
 
     folder = Path(model.path)
-    if folder.name != model.demo:
+    if model.demo in demo.NAMES and folder.name != model.demo:
         raise ConfigError(
-            f"model.path: a demo model lies in a folder of its own name: {folder.parent / model.demo}, not {folder}"
+            f"model.path: {folder} must end in /{model.demo}, the demo model's name; correct it, "
+            "or remove model.demo to serve a model of your own"
         )
     with progress.phase(f"demo model {model.demo}"):
         try:

@@ -16,16 +16,16 @@ def metrics(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/metrics.md instead.")] = False,
 ) -> None:
     """List every metric: its unit, labels and meaning, and what may be summed."""
-    from rich.console import Console
     from rich.table import Column, Table
 
     from jenga.metrics import page
     from jenga.metrics.definitions import METRICS, REGISTRY, VLLM_METRICS
+    from jenga.terminal import table_console
 
     if markdown:
         print(page.markdown(), end="")
         return
-    console = Console()
+    console = table_console()
     longest = max(
         len(name) for name in (*REGISTRY, *(m.name for m in VLLM_METRICS))
     )  # so that names are whole on narrow terminals

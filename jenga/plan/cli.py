@@ -75,8 +75,9 @@ def plan(
         print(json.dumps(report.to_dict(), indent=2))
     else:
         from jenga.plan.tables import print_report
+        from jenga.terminal import table_console
 
-        print_report(report, Console())
+        print_report(report, table_console())
     if plot is not None:
         _draw(report, plot, errors)
     if all(s.error for s in report.strategies):

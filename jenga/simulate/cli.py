@@ -208,8 +208,9 @@ def _step_cost(path: Path | None) -> StepCost:
 
 def _tables(results: list[SimulationResult], bound: HitBound, prompt_tokens: int) -> None:
     from jenga.simulate import CAUSES
+    from jenga.terminal import table_console
 
-    console = Console()
+    console = table_console()
     exact = results[-1]
     memory = Table(
         title=f"{exact.model}: {exact.requests} requests, {prompt_tokens:,} prompt tokens", title_justify="left"

@@ -17,6 +17,7 @@ from jenga.simulate.engine import Limits
 from jenga.simulate.planning import plan_for
 from jenga.simulate.routers import ROUTERS
 from jenga.strategies import STRATEGIES
+from jenga.terminal import table_console
 from jenga.traces import TraceRequest
 
 
@@ -91,7 +92,7 @@ def run_routers(
 
 def print_routers(results: Sequence[ClusterResult]) -> None:
     """A table with one row for each router."""
-    console = Console()
+    console = table_console()
     first = results[0]
     console.print(cluster_table(results))
     console.print(

@@ -63,6 +63,7 @@ def put(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
         ),
         ("applications.0.args.engine.block_size", "big", ["args.engine.block_size", "not 'big'"]),
         ("applications.0.args.engine.kv_memory", "lots", ["args.engine.kv_memory", "not 'lots'"]),
+        ("applications.0.args.engine.kv_memory", 64, ["args.engine.kv_memory: 64 has no unit", "write 64MiB"]),
         ("applications.0.args.engine.extra", {"model": "x"}, ["'model' is set by `model.path`"]),
         ("applications.0.args.replicas", "two", ["args.replicas: input should be a valid integer", "not 'two'"]),
         ("applications.0.args.replicas", {"min": 3, "max": 1}, ["args.replicas: min (3) is above max (1)"]),
