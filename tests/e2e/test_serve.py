@@ -317,12 +317,14 @@ def test_both_replicas_answer_and_are_counted(served: Running) -> None:
 
 
 def predictions(running: Running) -> dict[str, float]:
-    """Requests by what became of the router's prediction, from both replicas."""
+    """Requests by what became of the router's prediction, from the living replicas (Ray drops others' some time)."""
     found: dict[str, float] = {}
+    living = reports(running).keys()
     pattern = r"^ray_jenga_router_predictions_total\{(.*)\} ([\d.e+]+)$"
-    for labels, value in re.findall(pattern, running.scrape(), re.MULTILINE):
-        outcome = dict(re.findall(r'(\w+)="([^"]*)"', labels))["outcome"]
-        found[outcome] = found.get(outcome, 0) + float(value)
+    for text, value in re.findall(pattern, running.scrape(), re.MULTILINE):
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', text))
+        if labels["replica"] in living:
+            found[labels["outcome"]] = found.get(labels["outcome"], 0) + float(value)
     return found
 
 
