@@ -130,9 +130,21 @@ class Grafana:
             raise PushError(f"{where}: Grafana fails: {error.message}") from None
         except requests.exceptions.JSONDecodeError:
             raise PushError(f"{where}: what answers there is not Grafana (no JSON)") from None
+        except requests.exceptions.ConnectionError as error:
+            raise PushError(f"{where}: nothing answers there ({_innermost(error)})") from None
         except requests.exceptions.RequestException as error:
             reason = type(error).__name__
             raise PushError(f"{where}: Grafana cannot be reached ({reason}): {error}") from None
+
+
+def _innermost(error: BaseException) -> str:
+    """What the system said of a connection, without the layers above it."""
+    while True:
+        below = getattr(error, "reason", None) or next((a for a in error.args if isinstance(a, BaseException)), None)
+        if not isinstance(below, BaseException):
+            break
+        error = below
+    return str(getattr(error, "strerror", None) or error).rsplit("] ", 1)[-1]
 
 
 class _MissingError(Exception):

@@ -106,8 +106,10 @@ def _why_not(base: str, response: httpx.Response, data: Any) -> str:
     if isinstance(error, dict) and error.get("code") == "memory_map_off":
         return f"{base} keeps its memory to itself: {error.get('message')}"
     if response.status_code in (401, 403):
-        said = error.get("message") if isinstance(error, dict) else f"status {response.status_code}"
-        return f"{base} shows its memory to holders of admin keys only: {said} Put one into ${API_KEY}."
+        return (
+            f"{base} shows its memory to holders of admin keys only (status {response.status_code}); "
+            f"put a key made with `jenga keys add --admin` into ${API_KEY}"
+        )
     said = error.get("message") if isinstance(error, dict) else response.text.strip()[:100]
     return (
         f"{base} answers, but not as Jenga Serve does (status {response.status_code}: {said}); --address takes the "

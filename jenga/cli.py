@@ -8,6 +8,9 @@ from rich.console import Console
 
 from jenga import __version__
 
+_FIRST = "serve"
+"""The commands that most people look for stand first in the list; the others go by name."""
+
 app = typer.Typer(
     name="jenga",
     help="Serve language models whose layers do not all need the same KV memory.",
@@ -39,7 +42,7 @@ def version() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    for entry in sorted(entry_points(group="jenga.commands"), key=lambda e: e.name):
+    for entry in sorted(entry_points(group="jenga.commands"), key=lambda e: (e.name != _FIRST, e.name)):
         try:
             add_commands = entry.load()
         except ModuleNotFoundError as error:

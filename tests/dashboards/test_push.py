@@ -72,7 +72,9 @@ def test_a_name_that_is_taken_is_told() -> None:
 def test_addresses_where_no_grafana_is() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        assert "cannot be reached" in refused(push(f"http://127.0.0.1:{closed.getsockname()[1]}"))
+        assert "nothing answers there (Connection refused)" in refused(
+            push(f"http://127.0.0.1:{closed.getsockname()[1]}")
+        )
     assert "not a URL" in refused(push("grafana:3000"))
     with running(prefix="/grafana") as grafana:
         assert "below a path" in refused(push(grafana.url.removesuffix("/grafana")))
