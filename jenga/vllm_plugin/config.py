@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 
+from jenga import __version__
 from jenga.layout import GroupLayout, Layout
 from jenga.metrics.stock import StockPlan
+from jenga.vllm_plugin import SWITCH, registered
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class JengaKVCacheConfig(KVCacheConfig):
     """What is kept for later requests."""
     stock: StockPlan | None = field(default=None, kw_only=True)
     """vLLM's own plan for the same layers, None if it has none; only metrics ask for it."""
+    planned_by: str = field(default=__version__, kw_only=True)
+    """Version of Jenga Serve that made this."""
 
     @cached_property
     def ratios(self) -> tuple[int, ...]:
@@ -75,6 +80,25 @@ class JengaKVCacheConfig(KVCacheConfig):
         return tuple(accumulate((self.num_blocks * r for r in self.ratios[:-1]), initial=0))
 
     def num_blocks_of(self, tensor: KVCacheTensor) -> int:
-        """Small pages that `tensor`'s group addresses (vLLM sizes each layer's view with this)."""
+        """Small pages that `tensor`'s group addresses (vLLM's workers size each layer's view with this).
+
+        Raises:
+            RuntimeError: this worker is not what the scheduler planned for.
+        """
+        self._check_worker()
         name = tensor.layers[0]
         return self.num_blocks * next(g.place.ratio for g in self.jenga_groups if name in g.layer_names)
+
+    def _check_worker(self) -> None:
+        """Refuse a worker that would take page ids for vLLM's: another node's environment may differ."""
+        if not registered():
+            raise RuntimeError(
+                f"the scheduler planned with Jenga's memory manager, but this worker runs without it ({SWITCH}="
+                f"{os.environ.get(SWITCH, 'unset')}): install jenga-serve {self.planned_by} and set {SWITCH} alike on "
+                "all nodes"
+            )
+        if self.planned_by != __version__:
+            raise RuntimeError(
+                f"the scheduler planned with jenga-serve {self.planned_by}, but this worker has {__version__}: "
+                "install one version on all nodes"
+            )
