@@ -79,7 +79,8 @@ class Engine(Section):
     @field_validator("kv_memory", mode="before")
     @classmethod
     def _has_a_unit(cls, value: Any) -> Any:
-        if re.fullmatch(r"\s*\d+\s*", str(value)) and 0 < int(value) < 1 << 20:
+        # What was checked here travels to the cluster in bytes, where it is read again: only what no memory can be.
+        if re.fullmatch(r"\s*\d+\s*", str(value)) and 0 < int(value) < 4096:
             raise PydanticCustomError(
                 "no_unit",
                 "{value} has no unit and would be {value} bytes; write {value}MiB or {value}GiB",

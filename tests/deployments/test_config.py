@@ -40,6 +40,14 @@ def test_demo_names_two_replicas_of_64_mib() -> None:
     assert args.engine.kv_memory == 64 * 2**20
 
 
+def test_a_small_memory_survives_the_way_through_ray() -> None:
+    data = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
+    data["applications"][0]["args"]["engine"]["kv_memory"] = "64KiB"
+    args = parse_serving(data["applications"][0]["args"])
+    assert args.engine.kv_memory == 64 * 2**10
+    assert parse_serving(args.model_dump(mode="json")) == args
+
+
 def put(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
     data = copy.deepcopy(data)
     *path, last = where.split(".")
