@@ -106,8 +106,12 @@ def _why_not(base: str, response: httpx.Response, data: Any) -> str:
     if isinstance(error, dict) and error.get("code") == "memory_map_off":
         return f"{base} keeps its memory to itself: {error.get('message')}"
     if response.status_code in (401, 403):
+        code, said = (error.get("code"), error.get("message")) if isinstance(error, dict) else (None, None)
+        why = (
+            "" if code == "missing_api_key" or not said else f" ({said})"
+        )  # how to send one is not the user's question
         return (
-            f"{base} shows its memory to holders of admin keys only (status {response.status_code}); "
+            f"{base} shows its memory to holders of admin keys only{why}; "
             f"put a key made with `jenga keys add --admin` into ${API_KEY}"
         )
     said = error.get("message") if isinstance(error, dict) else response.text.strip()[:100]

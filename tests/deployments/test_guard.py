@@ -187,6 +187,11 @@ def test_serving_refuses_a_missing_key_file_before_anything_starts(tmp_path: Pat
 
 
 def test_top_says_which_variable_takes_the_key() -> None:
-    response = httpx.Response(401)
-    body = {"error": {"message": "Incorrect API key provided.", "code": "invalid_api_key"}}
-    assert "Incorrect API key provided. Put one into $JENGA_API_KEY" in top._why_not("http://here", response, body)
+    def said(message: str, code: str) -> str:
+        return top._why_not("http://here", httpx.Response(401), {"error": {"message": message, "code": code}})
+
+    remedy = "; put a key made with `jenga keys add --admin` into $JENGA_API_KEY"
+    assert f"admin keys only (Incorrect API key provided.){remedy}" in said(
+        "Incorrect API key provided.", "invalid_api_key"
+    )
+    assert f"admin keys only{remedy}" in said("You did not provide an API key.", "missing_api_key")
