@@ -20,6 +20,8 @@ from deployments.router import PrefixAffinityRouter
 _NO_LIMIT = 1_000_000
 # How often the controller asks a replica what routers should know.
 _ROUTING_PERIOD_S = 2.0
+# A replica that is to stop ends its answers first: the longest that a request may take, and time to send the end.
+_LAST_WORDS_S = 30.0
 
 
 def environment(config: Serving) -> dict[str, str]:
@@ -85,7 +87,7 @@ def llm_config(config: Serving, source: Path) -> LLMConfig:
         # The workers' bundle carries what a replica takes; the actor beside them takes nothing more.
         "ray_actor_options": {"num_cpus": 0},
         "max_ongoing_requests": _NO_LIMIT,
-        "graceful_shutdown_timeout_s": 10,
+        "graceful_shutdown_timeout_s": config.limits.request_s + _LAST_WORDS_S,
         # A dead engine fails requests fast, which makes it look idle: find it soon.  Slow is not dead.
         "health_check_period_s": 2,
         "health_check_timeout_s": 30,
@@ -155,6 +157,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         name="Ingress",
         num_replicas=1,
         max_ongoing_requests=_NO_LIMIT,
+        graceful_shutdown_timeout_s=config.limits.request_s + _LAST_WORDS_S,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": environment(config)}},
     )
     return deployment.bind(

@@ -76,6 +76,13 @@ def test_the_ingress_alone_decides_how_long_a_request_may_take() -> None:
     assert float(environment(serving(limits={"request_s": 900}))["RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT"]) > 900
 
 
+def test_a_replica_that_is_to_stop_may_end_its_longest_answer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    args = {"model": {"id": "m", "path": str(tmp_path)}, "limits": {"request_s": 900}}
+    assert llm_config(parse_serving(args), tmp_path).deployment_config["graceful_shutdown_timeout_s"] > 900
+    assert build(args)._bound_deployment._deployment_config.graceful_shutdown_timeout_s > 900
+
+
 def test_prompts_are_counted_whatever_the_router_needs(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
     args: dict[str, Any] = {"model": {"id": "m", "path": str(tmp_path)}, "router": {"policy": "least-loaded"}}
