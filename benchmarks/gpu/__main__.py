@@ -59,11 +59,12 @@ def throughput_(
     out: Out = Path("results/gpu"),
     model: Models = None,
     repeats: int = 3,
-    compiled: Annotated[bool, typer.Option(help="torch.compile as well as CUDA graphs (minutes of start-up).")] = False,
+    compiled: Annotated[bool, typer.Option(help="torch.compile as well as CUDA graphs (minutes of start-up).")] = True,
+    until: Annotated[float, typer.Option(help="Seconds after which no further engine is started.")] = 1e9,
 ) -> None:
     """Requests resident, tokens per second and latencies, one engine at a time."""
     environment(out)
-    throughput.run(out, model or [], repeats, compiled)
+    throughput.run(out, model or [], repeats, compiled, until)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,14 @@ def main(given: Path, taken: Path) -> None:
     # Async scheduling needs the engine core in a process of its own, where its books cannot be looked at.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(spec["separate"]))
     begun = time.perf_counter()
-    llm = LLM(spec["model"], skip_tokenizer_init=True, disable_log_stats=False, **spec["engine"])
+    llm = LLM(spec["model"], disable_log_stats=False, **spec["engine"])
     started = time.perf_counter() - begun
+    held = hold(llm, spec["hold_bytes"]) if spec.get("hold_bytes") else 0
     checks = [0]
     if not spec["separate"] and not spec.get("overlap"):
         check_every_step(llm, checks)
     sampling = SamplingParams(temperature=0, max_tokens=spec["max_tokens"], ignore_eos=True, detokenize=False)
-    asked = [{"prompt_token_ids": p} for p in spec["prompts"]]
+    asked = inputs(spec["prompts"], spec.get("melodies"))
     tokens, cached = [], []
     for _ in range(spec["rounds"]):
         outputs = llm.generate(asked, sampling, use_tqdm=False)
@@ -47,6 +48,7 @@ def main(given: Path, taken: Path) -> None:
         "preemptions": counters["vllm:num_preemptions"],
         "checks": checks[0],
         "start_s": started,
+        "held_bytes": held,
     }
     if not spec["separate"]:
         result |= inside(llm)
@@ -54,12 +56,12 @@ def main(given: Path, taken: Path) -> None:
     while not all(p.exists() or p.with_suffix(".failed").exists() for p in wait_for):
         time.sleep(0.5)
     result["short"] = {
-        p.name.removesuffix(".json"): shortfalls(llm, spec["prompts"], json.loads(p.read_text())["tokens"])
+        p.name.removesuffix(".json"): shortfalls(llm, spec, json.loads(p.read_text())["tokens"])
         for p in wait_for
         if p.exists()
     }
     if "score" in spec:
-        result["short"]["stock"] = shortfalls(llm, spec["prompts"], tokens)
+        result["short"]["stock"] = shortfalls(llm, spec, tokens)
     scratch = taken.with_suffix(".part")
     scratch.write_text(json.dumps(result))
     scratch.rename(taken)
@@ -117,16 +119,51 @@ def backends(runner: Any) -> list[str]:
     return sorted({g.backend.get_name() for groups in attention for g in groups})
 
 
-def shortfalls(llm: Any, prompts: list[list[int]], rounds: list[list[list[int]]]) -> list[float]:
+def inputs(prompts: list[list[int]], melodies: list[int] | None) -> list[Any]:
+    """What vLLM is asked: prompts, each with the audio of its melody where the model listens."""
+    asked: list[Any] = [{"prompt_token_ids": p} for p in prompts]
+    if melodies is None:
+        return asked
+    from jenga.demo import whisper
+
+    audio = [(whisper.melody(m), whisper.RATE) for m in melodies]
+    return [
+        {"encoder_prompt": {"prompt": "", "multi_modal_data": {"audio": a}}, "decoder_prompt": p}
+        for a, p in zip(audio, asked, strict=True)
+    ]
+
+
+def hold(llm: Any, wanted: int) -> int:
+    """Take the first pages of the buffer away, so that every request's lie behind them; returns their bytes.
+
+    Raises:
+        RuntimeError: the pages that were granted are not the first ones.
+    """
+    coordinator = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator
+    if not hasattr(coordinator, "allocator"):
+        return 0
+    layout, allocator = coordinator.kv_cache_config.layout, coordinator.allocator
+    first, reserved = layout.groups[0], coordinator.allocator.reserved
+    count = wanted // layout.large_page_bytes // first.parts
+    coordinator.pools[0].get_new_blocks(count * first.ratio)
+    behind = reserved + count * first.parts
+    if None in (allocator.owner(large) for large in range(reserved, behind)):
+        raise RuntimeError(f"the first {behind} large pages are not all held")
+    return int(behind * layout.large_page_bytes)
+
+
+def shortfalls(llm: Any, spec: dict[str, Any], rounds: list[list[list[int]]]) -> list[float]:
     """Nats by which each generated token is less likely than the best, read in one go after its own context."""
     from vllm import SamplingParams
 
-    pairs = [(p, said) for tokens in rounds for p, said in zip(prompts, tokens, strict=True)]
+    pairs = [(p, said) for tokens in rounds for p, said in zip(spec["prompts"], tokens, strict=True)]
+    melodies = spec["melodies"] * len(rounds) if "melodies" in spec else None
     reading = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": p + said} for p, said in pairs], reading, use_tqdm=False)
+    outputs = llm.generate(inputs([p + said for p, said in pairs], melodies), reading, use_tqdm=False)
     short = []
-    for output, (prompt, said) in zip(outputs, pairs, strict=True):
-        for position, token in enumerate(said, start=len(prompt)):
+    for output, (_, said) in zip(outputs, pairs, strict=True):
+        # vLLM puts a start token before what a decoder beside an encoder is given.
+        for position, token in enumerate(said, start=len(output.prompt_token_ids) - len(said)):
             choices = output.prompt_logprobs[position]
             short.append(max(c.logprob for c in choices.values()) - choices[token].logprob)
     return short

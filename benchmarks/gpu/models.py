@@ -8,12 +8,16 @@ them further, to a few layers.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jenga import demo
+
 VOCABULARY = 4096
+WHISPER = "whisper"
 CONTEXT = 32768
 
 
@@ -22,10 +26,12 @@ class Model:
     """One model of the benchmark."""
 
     name: str
-    config: Callable[[bool], dict[str, Any]]
-    """Hugging Face configuration; the argument asks for the small version."""
+    config: Callable[[bool], dict[str, Any]] | None
+    """Hugging Face configuration; the argument asks for the small version.  None: the demo model of that name."""
     engine: dict[str, Any]
     """Engine arguments that vLLM needs for it, with Jenga or without."""
+    context: int = 640
+    """Most tokens of a small model's sequence."""
 
 
 def _common(architecture: str, model_type: str, **more: Any) -> dict[str, Any]:
@@ -72,6 +78,29 @@ def gemma3(small: bool) -> dict[str, Any]:
         num_key_value_heads=16,
         head_dim=128,
         query_pre_attn_scalar=128,
+        sliding_window=64 if small else 1024,
+        rms_norm_eps=1e-6,
+        hidden_activation="gelu_pytorch_tanh",
+    )
+
+
+def gemma4(small: bool) -> dict[str, Any]:
+    """Gemma-4-31B: heads of 256 behind windows of 1,024 tokens, of 512 (and fewer) in the full layers."""
+    layers = 6 if small else 30
+    return _common(
+        "Gemma4ForCausalLM",
+        "gemma4_text",
+        hidden_size=512 if small else 2048,
+        intermediate_size=1024 if small else 4096,
+        num_hidden_layers=layers,
+        layer_types=["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)],
+        num_attention_heads=8 if small else 32,
+        num_key_value_heads=4 if small else 16,
+        head_dim=256,
+        num_global_key_value_heads=1 if small else 4,
+        global_head_dim=512,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
         sliding_window=64 if small else 1024,
         rms_norm_eps=1e-6,
         hidden_activation="gelu_pytorch_tanh",
@@ -225,11 +254,13 @@ MODELS = {
     for m in (
         Model("llama-3.1-8b", llama, {}),
         Model("gemma-3-27b", gemma3, {}),
+        Model("gemma-4-31b", gemma4, {}),
         Model("gpt-oss-120b", gpt_oss, {}),
         Model("falcon-h1-34b", falcon_h1, {}),
         Model("nemotron-h-8b", nemotron_h, {}),
         Model("qwen3-next-80b", qwen3_next, GDN),
         Model("kimi-linear-48b", kimi_linear, {"trust_remote_code": True}),
+        Model(WHISPER, None, {"load_format": "auto", "skip_tokenizer_init": False}, 320),
     )
 }
 
@@ -237,6 +268,10 @@ MODELS = {
 def make(name: str, folder: Path, *, small: bool) -> Path:
     """Write the model's `config.json` into a folder of its own and return that; the weights come from `weights.py`."""
     path = folder / (f"{name}-small" if small else name)
+    config = MODELS[name].config
+    if config is None:
+        shutil.copytree(demo.make(name, folder / "demo"), path, dirs_exist_ok=True)
+        return path
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(MODELS[name].config(small), indent=1) + "\n")
+    (path / "config.json").write_text(json.dumps(config(small), indent=1) + "\n")
     return path

@@ -27,6 +27,9 @@ class Seen:
     """Running requests, each time while others waited for memory."""
     running: list[int] = field(default_factory=list)
     preemptions: int = 0
+    steps: list[tuple[float, int, int, int, int]] = field(default_factory=list)
+    """Per step: seconds on this process's clock, requests running and waiting, tokens computed of prompts, tokens
+    generated."""
 
 
 def recorder(seen: list[Seen]) -> Any:
@@ -45,6 +48,16 @@ def recorder(seen: list[Seen]) -> Any:
                     now.resident.append(scheduler_stats.num_running_reqs)
             if iteration_stats is not None:
                 now.preemptions += iteration_stats.num_preempted_reqs
+            if scheduler_stats is not None and iteration_stats is not None:
+                now.steps.append(
+                    (
+                        round(time.perf_counter(), 6),
+                        scheduler_stats.num_running_reqs,
+                        scheduler_stats.num_waiting_reqs,
+                        iteration_stats.prompt_token_stats.computed,
+                        iteration_stats.num_generation_tokens,
+                    )
+                )
 
         def log_engine_initialized(self) -> None:
             pass
@@ -147,12 +160,15 @@ async def main(given: Path, taken: Path) -> None:
         if os.environ["JENGA"] == "1":
             report = await engine.engine_core.call_utility_async("jenga_memory")
             result["managed"] = report is not None
-        for number, (name, *sizes) in enumerate([["chat", 48], *spec["workloads"]]):
+        warm_up = ["chat", 48] if spec["repeats"] else ["chat", 2]
+        for number, (name, *sizes) in enumerate([warm_up, *spec["workloads"]]):
             for repeat in range(1 if number == 0 else spec["repeats"]):
                 await engine.reset_prefix_cache()
                 seen.append(Seen())
                 made = build(name, sizes, repeat)
                 run = await load(engine, made, f"{number}-{repeat}", seen[-1])
+                if repeat == 0:
+                    run["step_times"] = seen[-1].steps
                 if number:  # the first is for warming up
                     result["runs"].append(run)
                     taken.write_text(json.dumps(result))

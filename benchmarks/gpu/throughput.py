@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import models, processes, serve
-from benchmarks.gpu.correctness import GRAPHS
 
 GIB = 1 << 30
 LIMIT_S = 420
+SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512]
+"""Batches (tokens) for which CUDA graphs are captured."""
+COMPILED = {"compilation_config": {"cudagraph_capture_sizes": SIZES}}
+GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES}}
+WARMING = 6
+"""Engines that fill torch.compile's cache at a time."""
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "jenga": ("1", {"enable_prefix_caching": True}),
     "stock": ("0", {"enable_prefix_caching": True}),
@@ -43,59 +48,78 @@ WINDOWS = ("jenga", "stock", "hybrid manager off")
 SHARING = (("agents", 240), ("conversations", 24))
 LOADS = [
     Load("falcon-h1-34b", 4, (("chat", 360), *SHARING), HYBRID, running=96),
-    Load("qwen3-next-80b", 2, (("chat", 400), *SHARING), HYBRID, running=96),
     Load("gemma-3-27b", 8, (("chat", 360), ("documents", 40), *SHARING), WINDOWS, longest=16384),
-    Load("kimi-linear-48b", 2, (("chat", 400), *SHARING), HYBRID, running=96),
+    Load("qwen3-next-80b", 2, (("chat", 400), *SHARING), HYBRID, running=96),
     Load("llama-3.1-8b", 2, (("chat", 360), ("agents", 240)), ("jenga", "stock")),
+    Load("kimi-linear-48b", 2, (("chat", 400), *SHARING), HYBRID, running=96),
     Load("nemotron-h-8b", 4, (("chat", 360), *SHARING), HYBRID, running=96),
     Load("gpt-oss-120b", 1.5, (("chat", 400), ("documents", 40)), WINDOWS, longest=16384),
 ]
 
 
-def run(out: Path, chosen: list[str], repeats: int, compiled: bool) -> list[dict[str, Any]]:
-    """All engines of the chosen models, one after the other; rows are printed and saved as they come."""
+def run(out: Path, chosen: list[str], repeats: int, compiled: bool, until_s: float) -> list[dict[str, Any]]:
+    """All engines of the chosen models, one after the other; rows are printed and saved as they come.
+
+    An engine that would start later than `until_s` seconds from now is left out, and said so.
+    """
     folder = out / "work"
     rows: list[dict[str, Any]] = []
     processes.preload()
     begun = time.perf_counter()
-    for load in LOADS:
-        if chosen and load.model not in chosen:
+    pairs = [(load, who) for load in LOADS if not chosen or load.model in chosen for who in load.contenders]
+    for model in {load.model for load, _ in pairs}:
+        models.make(model, folder, small=False)
+    if compiled:
+        jobs = [job(folder, load, who, 0, compiled) for load, who in pairs if who in ("jenga", "stock")]
+        for number, words in processes.run(jobs, WARMING):
+            if words:
+                print(f"warming up: {jobs[number].log}:\n{words}", flush=True)
+        print(f"== {time.perf_counter() - begun:.0f} s: compiled", flush=True)
+    for load, who in pairs:
+        if time.perf_counter() - begun > until_s:
+            print(f"left out: {load.model}, {who}", flush=True)
             continue
-        model = models.make(load.model, folder, small=False)
-        for who in load.contenders:
-            jenga, engine = CONTENDERS[who]
-            spec = {
-                "model": str(model),
-                "repeats": repeats,
-                "workloads": load.workloads,
-                "engine": {
-                    **models.RANDOM,
-                    "max_model_len": load.longest,
-                    "max_num_seqs": load.running,
-                    "gpu_memory_utilization": 0.9,
-                    "kv_cache_memory_bytes": int(load.kv_gib * GIB),
-                    **({} if compiled else GRAPHS),
-                    **models.MODELS[load.model].engine,
-                    **load.engine,
-                    **engine,
-                },
-            }
-            result = run_engine(spec, folder / f"{load.model}-{who.replace(', ', '-').replace(' ', '-')}", jenga)
-            rows.append({"model": load.model, "contender": who, "kv_gib": load.kv_gib, **result})
-            (out / "throughput.json").write_text(json.dumps(rows, indent=1) + "\n")
-            show(rows[-1], time.perf_counter() - begun)
+        asked = job(folder, load, who, repeats, compiled)
+        taken: Path = asked.arguments[1]
+        taken.unlink(missing_ok=True)
+        ((_, words),) = processes.run([asked])
+        result: dict[str, Any] = json.loads(taken.read_text()) if taken.exists() else {}
+        rows.append({"model": load.model, "contender": who, "kv_gib": load.kv_gib, **result})
+        if words:
+            rows[-1]["failed"] = words
+        (out / "throughput.json").write_text(json.dumps(rows) + "\n")
+        show(rows[-1], time.perf_counter() - begun)
     return rows
 
 
-def run_engine(spec: dict[str, Any], scratch: Path, jenga: str) -> dict[str, Any]:
-    """One engine's result, or its last words."""
+def job(folder: Path, load: Load, who: str, repeats: int, compiled: bool) -> processes.Job:
+    """One engine; without repeats it only starts."""
+    jenga, engine = CONTENDERS[who]
+    scratch = folder / f"{load.model}-{who.replace(', ', '-').replace(' ', '-')}"
     given, taken = scratch.with_suffix(".spec.json"), scratch.with_suffix(".json")
-    taken.unlink(missing_ok=True)
+    spec = {
+        "model": str(folder / load.model),
+        "repeats": repeats,
+        "workloads": [w for w in load.workloads if asks(engine, w)] if repeats else [],
+        "engine": {
+            **models.RANDOM,
+            "max_model_len": load.longest,
+            "max_num_seqs": load.running,
+            "gpu_memory_utilization": 0.9 if repeats else 0.1,
+            "kv_cache_memory_bytes": int(load.kv_gib * GIB),
+            **(COMPILED if compiled else GRAPHS),
+            **models.MODELS[load.model].engine,
+            **load.engine,
+            **engine,
+        },
+    }
     given.write_text(json.dumps(spec))
-    job = processes.Job(serve.run, (given, taken), {"JENGA": jenga}, scratch.with_suffix(".log"), LIMIT_S)
-    ((_, words),) = processes.run([job])
-    result: dict[str, Any] = json.loads(taken.read_text()) if taken.exists() else {}
-    return result | ({"failed": words} if words else {})
+    return processes.Job(serve.run, (given, taken), {"JENGA": jenga}, scratch.with_suffix(".log"), LIMIT_S)
+
+
+def asks(engine: dict[str, Any], workload: tuple[Any, ...]) -> bool:
+    """Whether an engine is asked this: conversations without prefix caching would only take time."""
+    return bool(engine["enable_prefix_caching"]) or workload[0] != "conversations"
 
 
 def show(row: dict[str, Any], elapsed: float) -> None:
