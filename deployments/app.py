@@ -9,8 +9,10 @@ from ray.llm._internal.serve.core.configs.openai_api_models import to_model_meta
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.ingress import make_fastapi_ingress
 
+from deployments import tensor_parallel
+from deployments.autoscaling import KvMemoryPolicy
 from deployments.cache_router import CacheAwareRouter
-from deployments.config import Autoscaling, ConfigError, Serving, parse_serving
+from deployments.config import Autoscaling, ConfigError, KvMemory, OngoingRequests, Serving, parse_serving
 from deployments.engine import JengaServer
 from deployments.events import ENGINE_CONFIG
 from deployments.ingress import ENDPOINTS, Ingress, build_fastapi
@@ -71,12 +73,13 @@ def _without_contents(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_folder(config: Serving) -> Path:
-    """The model's folder; raises ConfigError when it is no model."""
+    """The model's folder; raises ConfigError when it is no model, or cannot be split as configured."""
     folder = Path(config.model.path).expanduser().absolute()
     if not (folder / "config.json").is_file():
         state = "has no config.json" if folder.is_dir() else "does not exist"
         remedy = f"; `jenga demo-model {config.model.demo}` makes it" if config.model.demo else ""
         raise ConfigError(f"model.path: the model folder {folder} {state}{remedy}")
+    tensor_parallel.check(config, folder)
     return folder
 
 
@@ -98,24 +101,40 @@ def llm_config(config: Serving, source: Path) -> LLMConfig:
         },
     }
     if isinstance(replicas, Autoscaling):
-        deployment["autoscaling_config"] = {
-            "min_replicas": replicas.min,
-            "max_replicas": replicas.max,
-            "target_ongoing_requests": replicas.target_ongoing_requests,
-        }
+        deployment["autoscaling_config"] = autoscaling(replicas)
     else:
         deployment["num_replicas"] = replicas
     bundle = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     return LLMConfig(
         model_loading_config={"model_id": config.model.id, "model_source": str(source)},
         engine_kwargs=engine_kwargs(config),
-        placement_group_config={"bundle_per_worker": bundle},
+        # On one node: workers of one model talk all the time.
+        placement_group_config={"bundle_per_worker": bundle, "strategy": "STRICT_PACK"},
         deployment_config=deployment,
         runtime_env={"env_vars": environment(config)},
         experimental_configs={"stream_batching_interval_ms": config.stream_batch_ms},
         log_engine_metrics=True,
         server_cls=JengaServer,
     )
+
+
+def autoscaling(replicas: Autoscaling) -> dict[str, Any]:
+    """Ray Serve's `autoscaling_config`."""
+    common = {
+        "min_replicas": replicas.min,
+        "max_replicas": replicas.max,
+        "look_back_period_s": replicas.look_back_s,
+        # Ray's own 10 s, unless that would be most of what a decision looks back on.
+        "metrics_interval_s": min(10.0, replicas.look_back_s / 3),
+        "upscale_delay_s": replicas.upscale_delay_s,
+        "downscale_delay_s": replicas.downscale_delay_s,
+    }
+    if isinstance(replicas, OngoingRequests):
+        return common | {"target_ongoing_requests": replicas.target_ongoing_requests}
+    assert isinstance(replicas, KvMemory)
+    target = {"kv_in_use": replicas.kv_target, "waiting": replicas.waiting_target, "slack": replicas.slack}
+    name = f"{KvMemoryPolicy.__module__}:{KvMemoryPolicy.__name__}"
+    return common | {"policy": {"policy_function": name, "policy_kwargs": target}}
 
 
 def cache_aware(config: Serving) -> bool:
@@ -134,9 +153,13 @@ def router_kwargs(config: Serving) -> dict[str, Any]:
             "store": router.store_price,
             "pressure": router.pressure_price,
             "slack": router.slack,
+            "slow_start": router.slow_start_s,
         }
     fields = {"chunk", "max_chunks", "max_entries", "load_factor", "load_slack"}
-    return router.model_dump(include=fields) | {"affinity": router.policy != "least-loaded"}
+    return router.model_dump(include=fields) | {
+        "affinity": router.policy != "least-loaded",
+        "slow_start": router.slow_start_s,
+    }
 
 
 def build(args: dict[str, Any]) -> serve.Application:

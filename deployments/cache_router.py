@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from jenga.routing import BlockIndex
 from jenga.routing.expected import stored_by
 from jenga.routing.index import NO_HIT
 from jenga.routing.placement import Ledger, Prices, State, costs, rank
+from jenga.routing.slow_start import SlowStart
 
 logger = logging.getLogger("ray.serve")
 
@@ -60,9 +62,10 @@ class CacheAwareRouter(RequestRouter):
     replicas, and are counted.
     """
 
-    def initialize_state(self, hash_algorithm: str = "sha256", **prices: Any) -> None:
-        """Ray calls this with ``request_router_kwargs``: the hash algorithm, and the fields of `Prices`."""
+    def initialize_state(self, hash_algorithm: str = "sha256", slow_start: float = 0.0, **prices: Any) -> None:
+        """Ray calls this with ``request_router_kwargs``: hash algorithm, `SlowStart`'s seconds, fields of `Prices`."""
         self._prices = Prices(**prices)
+        self._slow_start: SlowStart[ReplicaID] = SlowStart(slow_start)
         self._hash = keys.hash_function(hash_algorithm)
         self._feed = EventFeed(BlockIndex())
         self._ledger: Ledger[ReplicaID] = Ledger()
@@ -76,6 +79,7 @@ class CacheAwareRouter(RequestRouter):
         super().update_replicas(replicas)
         alive = {replica.replica_id: None for replica in replicas}
         self._ledger.keep(alive)
+        self._slow_start.keep(alive)
         self._shared = {id_: shared for id_, shared in self._shared.items() if id_ in alive}
         sources = {}
         for replica in replicas:
@@ -108,7 +112,8 @@ class CacheAwareRouter(RequestRouter):
             reason = "index failed"
         if order is None:
             self._metrics.fallback(reason)
-            two = self._rng.sample(list(by_id), min(2, len(by_id)))
+            taking = self._taking(states)
+            two = self._rng.sample(taking, min(2, len(taking)))
             two.sort(key=lambda id_: states[id_].queue)
             return [[by_id[id_] for id_ in two], candidate_replicas]
         self._metrics.decided(time.perf_counter() - started)
@@ -131,6 +136,8 @@ class CacheAwareRouter(RequestRouter):
             return None
         cached = {id_: prompt.hits[id_.unique_id] for id_ in states if id_.unique_id in prompt.hits}
         order = rank(costs(len(tokens), cached, states, self._ledger, self._prices), states, self._prices, self._rng)
+        taking = set(self._taking(states))
+        order.sort(key=lambda id_: id_ not in taking)
         if request is not None:
             keys.predict(body, {id_.unique_id: hit.tokens for id_, hit in cached.items()})
             self._book(request, order[0], prompt)
@@ -172,6 +179,11 @@ class CacheAwareRouter(RequestRouter):
     def _settle(self, replica: ReplicaID, request: str) -> None:
         self._ledger.settle(replica, request)
         self._feed.index.settle(request)
+
+    def _taking(self, states: Mapping[ReplicaID, State]) -> list[ReplicaID]:
+        """Replicas that may be given one more; what is placed and not sent yet counts."""
+        placed = Counter(booked.replica for booked in self._booked.values())
+        return self._slow_start.open({id_: state.queue + placed[id_] for id_, state in states.items()})
 
     def _state(self, replica_id: ReplicaID, replica: RunningReplica) -> State:
         used = (replica.routing_stats or {}).get(KV_IN_USE)

@@ -5,6 +5,7 @@ application's ``args``.  No Ray and no vLLM are imported here, so that a wrong f
 """
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -125,15 +126,26 @@ _OWN_SETTING = {
     "kv_events_config": "router.policy",
     "enable_prefix_caching": "engine.prefix_caching",
     "tensor_parallel_size": "resources.tensor_parallel",
+    "data_parallel_size": "replicas",
 }
 
 
 class Autoscaling(Section):
-    """Replicas follow the load."""
+    """Replicas follow the load; the delays and the average are Ray Serve's own."""
 
     min: PositiveInt = 1
     max: PositiveInt = 2
-    target_ongoing_requests: PositiveFloat = Field(8, description="requests per replica to aim at")
+    signal: str
+    look_back_s: float = Field(30, ge=5, description="seconds that a decision looks back on, on average")
+    upscale_delay_s: float = Field(30, ge=0, description="seconds that more must have been needed before more start")
+    downscale_delay_s: float = Field(600, ge=0, description="seconds that fewer must have been enough before some stop")
+
+    @field_validator("signal", mode="before", check_fields=False)
+    @classmethod
+    def _known_signal(cls, value: Any) -> Any:
+        if value not in _SIGNALS:
+            raise PydanticCustomError("unknown_signal", "there is {known}", {"known": " and ".join(_SIGNALS)})
+        return value
 
     @model_validator(mode="after")
     def _ordered(self) -> "Autoscaling":
@@ -146,16 +158,51 @@ class Autoscaling(Section):
         return self
 
 
+class KvMemory(Autoscaling):
+    """By the KV memory that requests hold and by their waiting (`deployments.autoscaling`)."""
+
+    signal: Literal["kv-memory"] = "kv-memory"
+    kv_target: float = Field(0.7, gt=0, le=1, description="part of its KV memory that a replica's requests should hold")
+    waiting_target: float = Field(0.1, gt=0, description="requests that may wait in an engine for each one that runs")
+    slack: float = Field(
+        0.2, ge=0, lt=1, description="part of the load by which fewer replicas must have room to spare"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_signal(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "target_ongoing_requests" in data:
+            raise PydanticCustomError(
+                "other_signal",
+                "target_ongoing_requests goes with `signal: requests`: add that, or take it out and aim by `kv_target`",
+            )
+        return data
+
+
+class OngoingRequests(Autoscaling):
+    """By the number of requests in progress: Ray Serve's own policy."""
+
+    signal: Literal["requests"]
+    target_ongoing_requests: PositiveFloat = Field(description="requests per replica to aim at")
+
+
 def _replicas_form(value: Any) -> str:
-    return "autoscaling" if isinstance(value, Mapping | Autoscaling) else "count"
+    if isinstance(value, Autoscaling):
+        return value.signal
+    if isinstance(value, Mapping):
+        return "requests" if value.get("signal") == "requests" else "kv-memory"
+    return "count"
 
 
 Replicas = Annotated[
-    Annotated[PositiveInt, Tag("count")] | Annotated[Autoscaling, Tag("autoscaling")],
+    Annotated[PositiveInt, Tag("count")]
+    | Annotated[KvMemory, Tag("kv-memory")]
+    | Annotated[OngoingRequests, Tag("requests")],
     Discriminator(_replicas_form),
 ]
+_SIGNALS = ("kv-memory", "requests")
 # Tags of `Replicas`: pydantic puts them into an error's path, where they are no keys of the file.
-_TAGS = ("count", "autoscaling")
+_TAGS = ("count", *_SIGNALS)
 
 
 class Resources(Section):
@@ -163,8 +210,26 @@ class Resources(Section):
 
     cpus: PositiveFloat = Field(1, description="CPU cores of one worker, as Ray counts them")
     gpus: float = Field(0, ge=0, description="GPUs of one worker; 0 runs vLLM's CPU back end")
-    tensor_parallel: PositiveInt = Field(1, description="workers that share one model")
+    tensor_parallel: PositiveInt = Field(1, description="workers that share one model, all on one node")
     omp_threads: PositiveInt = Field(1, description="OpenMP threads of a CPU engine")
+
+    @model_validator(mode="after")
+    def _one_gpu_a_worker(self) -> "Resources":
+        if self.gpus > 1:
+            raise PydanticCustomError(
+                "gpus_of_a_worker",
+                "gpus ({gpus}) is of one worker, which can use one GPU: for a model on several, "
+                "write gpus: 1, tensor_parallel: {workers}",
+                {"gpus": f"{self.gpus:g}", "workers": math.ceil(self.gpus) * self.tensor_parallel},
+            )
+        if 0 < self.gpus < 1 < self.tensor_parallel:
+            raise PydanticCustomError(
+                "shared_gpu",
+                "gpus ({gpus}) is a part of a GPU, but tensor_parallel ({workers}) workers need a whole one each: "
+                "write gpus: 1, or tensor_parallel: 1",
+                {"gpus": f"{self.gpus:g}", "workers": self.tensor_parallel},
+            )
+        return self
 
 
 class Router(Section):
@@ -180,6 +245,7 @@ class Router(Section):
     store_price: float = Field(6, ge=0, description="price of a prompt token that is not stored there in part yet")
     pressure_price: float = Field(1, ge=0, description="share by which full KV memory makes a request dearer")
     slack: float = Field(16, ge=0, description="prompt tokens within which replicas are equally good")
+    slow_start_s: float = Field(30, ge=0, description="seconds over which a new replica takes up its share of the load")
     chunk: PositiveInt = Field(64, description="characters (or token ids) hashed together")
     max_chunks: PositiveInt = Field(512, description="chunks of a prompt that are looked at")
     max_entries: PositiveInt = Field(65_536, description="chunks remembered per replica")
@@ -237,6 +303,16 @@ class Serving(Section):
                 for key, item in value.items()
             }
         return value
+
+    @model_validator(mode="after")
+    def _memory_is_told(self) -> "Serving":
+        if isinstance(self.replicas, KvMemory) and self.environment.get("JENGA") == "0":
+            raise PydanticCustomError(
+                "no_signal",
+                "replicas.signal kv-memory needs the plugin, which environment.JENGA 0 turns off: "
+                "take that out, or write signal: requests",
+            )
+        return self
 
     @property
     def max_replicas(self) -> int:

@@ -12,7 +12,7 @@ import ray
 from ray import serve
 from ray.serve.llm.deployment import LLMServer
 
-from deployments import keys
+from deployments import autoscaling, keys
 from deployments.cache_router import KV_STREAM
 from deployments.events import SnapshotServer, Source
 from deployments.failures import in_our_terms, root_cause
@@ -49,6 +49,7 @@ class JengaServer(LLMServer):
     _kv_stream: dict[str, Any] | None = None
     _snapshots = ""
     _report: dict[str, Any] | None = None
+    _load: dict[str, float] | None = None
 
     async def start(self) -> None:
         """Start the engine; raise EngineStartError with its own reason if that fails."""
@@ -97,6 +98,10 @@ class JengaServer(LLMServer):
             await self._locate_stream()
             told[KV_STREAM] = self._kv_stream
         return told
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `deployments.autoscaling` decides by; nothing while the engine has not reported."""
+        return self._load or {}
 
     async def memory(self, replica: str | None, large: int | None) -> dict[str, Any] | bytes | None:
         """What the memory map's routes ask of every replica: `MemoryWatch.answer`."""
@@ -153,6 +158,11 @@ class JengaServer(LLMServer):
         report = EngineReport.from_dict(data)
         causes = report.memory.by_cause()
         in_use = sum(causes[cause] for cause in LIVE_CAUSES) / report.memory.buffer_bytes
+        self._load = {
+            autoscaling.KV_IN_USE: in_use,
+            autoscaling.RESIDENT: report.requests.resident,
+            autoscaling.WAITING: report.requests.waiting,
+        }
         # In steps, because every change is sent to every router.
         self._kv_in_use = round(in_use * _STEPS) / _STEPS
         yield from report_samples(report)
@@ -167,7 +177,10 @@ class JengaServer(LLMServer):
         async def ask() -> bool:
             data = await self._ask_core("jenga_memory")
             if data is None:
-                return False  # vLLM's own manager is in charge
+                # vLLM's own manager is in charge.
+                if "policy" in (self._llm_config.deployment_config.get("autoscaling_config") or {}):
+                    logger.warning("no memory reports of this engine: replicas stay as they are; use signal: requests")
+                return False
             self._report = data
             exporter.publish(self._samples(data), self._whose())
             return True

@@ -7,6 +7,7 @@ from ray.serve._private.common import ReplicaID
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from deployments.placement import Policy, PrefixPlacement, chunk_names, load_of, prompt_of
+from jenga.routing.slow_start import SlowStart
 
 
 class PrefixAffinityRouter(RequestRouter):
@@ -15,9 +16,10 @@ class PrefixAffinityRouter(RequestRouter):
     Each handle has its own router and learns from the requests that pass through it.
     """
 
-    def initialize_state(self, **policy: Any) -> None:
-        """Ray calls this with ``request_router_kwargs``, the fields of ``Policy``."""
+    def initialize_state(self, slow_start: float = 0.0, **policy: Any) -> None:
+        """Ray calls this with ``request_router_kwargs``: `SlowStart`'s seconds, and the fields of ``Policy``."""
         self._policy = Policy(**policy)
+        self._slow_start: SlowStart[ReplicaID] = SlowStart(slow_start)
         self._placement: PrefixPlacement[ReplicaID] = PrefixPlacement(self._policy)
 
     async def choose_replicas(
@@ -28,8 +30,8 @@ class PrefixAffinityRouter(RequestRouter):
             # Otherwise Ray would ask again without a pause while every replica is full.
             pending_request.routing_context.should_backoff = True
         by_id = {replica.replica_id: replica for replica in candidate_replicas}
-        queues = self.replica_queue_len_cache
-        loads = {id_: load_of(queues.get(id_), replica.routing_stats or {}) for id_, replica in by_id.items()}
+        queues = {id_: self.replica_queue_len_cache.get(id_) or 0 for id_ in by_id}
+        loads = {id_: load_of(queues[id_], by_id[id_].routing_stats or {}) for id_ in self._slow_start.open(queues)}
         ranks = self._placement.rank(self._names(pending_request), loads)
         return [[by_id[replica_id] for replica_id in rank] for rank in ranks]
 
@@ -41,6 +43,7 @@ class PrefixAffinityRouter(RequestRouter):
         """Replicas came or went."""
         super().update_replicas(replicas)
         self._placement.keep(replica.replica_id for replica in replicas)
+        self._slow_start.keep(replica.replica_id for replica in replicas)
 
     def _names(self, pending_request: PendingRequest | None) -> Sequence[bytes]:
         if pending_request is None or not pending_request.args:

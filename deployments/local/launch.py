@@ -19,7 +19,7 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
-from deployments import first_answer, keyring, tls
+from deployments import first_answer, keyring, tensor_parallel, tls
 from deployments.config import ConfigError, ServeFile, load
 from deployments.failures import memory_plan, root_cause
 from deployments.first_answer import Answer
@@ -209,6 +209,7 @@ def _with_options(config: ServeFile, options: Options) -> ServeFile:
             f"model.path: the model folder {folder} {state}; put the model there, correct the path, "
             f"or name a demo model in model.demo{hub}"
         )
+    tensor_parallel.check(args, Path(folder))
     if http.ssl_certfile is not None and http.ssl_keyfile is not None:
         files = {key: str(Path(getattr(http, key)).expanduser().absolute()) for key in ("ssl_certfile", "ssl_keyfile")}
         tls.check(files["ssl_certfile"], files["ssl_keyfile"])

@@ -40,10 +40,13 @@ def test_a_replica_takes_its_workers_bundles_and_is_routed_by_our_router() -> No
     assert config.server_cls is JengaServer
     # Not through `get_deployment_options`, which starts a Ray to ask it for its runtime environment.
     assert config.get_engine_config().placement_bundles == [{"GPU": 1, "CPU": 2}, {"GPU": 1, "CPU": 2}]
+    assert config.get_engine_config().placement_strategy == "STRICT_PACK"
     assert config.deployment_config["ray_actor_options"] == {"num_cpus": 0}
     routing = config.deployment_config["request_router_config"]
     assert routing["request_router_class"] is PrefixAffinityRouter
-    assert Policy(**routing["request_router_kwargs"]) == Policy(chunk=7, affinity=False)
+    kwargs = dict(routing["request_router_kwargs"])
+    assert kwargs.pop("slow_start") == 30
+    assert Policy(**kwargs) == Policy(chunk=7, affinity=False)
 
 
 def test_build_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
@@ -78,7 +81,9 @@ def test_the_ingress_alone_decides_how_long_a_request_may_take() -> None:
 
 def test_a_replica_that_is_to_stop_may_end_its_longest_answer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
-    args = {"model": {"id": "m", "path": str(tmp_path)}, "limits": {"request_s": 900}}
+    # Building unpickles the router's class over itself, in this process: a class that other tests do not look into.
+    router = {"policy": "least-loaded"}
+    args = {"model": {"id": "m", "path": str(tmp_path)}, "limits": {"request_s": 900}, "router": router}
     assert llm_config(parse_serving(args), tmp_path).deployment_config["graceful_shutdown_timeout_s"] > 900
     assert build(args)._bound_deployment._deployment_config.graceful_shutdown_timeout_s > 900
 

@@ -15,6 +15,7 @@ from deployments.cache_router import CacheAwareRouter
 from jenga.policies import FullAttention
 from jenga.routing import BlockIndex, GroupRule, HitRule
 from jenga.routing.events import Snapshot
+from jenga.routing.slow_start import SlowStart
 
 DEPLOYMENT = DeploymentID("engine", "app")
 
@@ -126,3 +127,19 @@ def test_a_broken_index_leaves_placement_by_load(router: CacheAwareRouter, monke
     asked.placed(router)
     assert keys.PREDICTED not in asked.body.kv_transfer_params
     assert not router._booked
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_new_replica_is_not_given_everything_at_once(router: CacheAwareRouter, known: bool) -> None:
+    """By cost and by load alone: its cache is as empty as the other's, and its queue is the shortest."""
+    router._slow_start = SlowStart(30)
+    router._slow_start.keep([REPLICAS[0].replica_id])
+    router._slow_start.keep(each.replica_id for each in REPLICAS)
+    router._replica_queue_len_cache.update(REPLICAS[0].replica_id, 20)
+    sent = [Asked(str(n), [n] * 64 if known else None).placed(router).unique_id for n in range(3)]
+    if known:  # placed, though Ray has not sent it yet
+        assert sent == ["two", "one", "one"]
+    else:
+        router._replica_queue_len_cache.update(REPLICAS[1].replica_id, 1)
+        sent.append(Asked("last", None).placed(router).unique_id)
+        assert sent == ["two", "two", "two", "one"]

@@ -1,13 +1,15 @@
 """The serving configuration: what is refused, and in which words."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from deployments.config import Autoscaling, ConfigError, load, parse_serving
+from deployments import tensor_parallel
+from deployments.config import ConfigError, KvMemory, OngoingRequests, load, parse_serving
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -76,6 +78,32 @@ def put(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
         ("applications.0.args.replicas", "two", ["args.replicas: input should be a valid integer", "not 'two'"]),
         ("applications.0.args.replicas", {"min": 3, "max": 1}, ["args.replicas: min (3) is above max (1)"]),
         ("applications.0.args.replicas", {"mni": 3}, ["args.replicas: unknown key 'mni'; did you mean 'min'?"]),
+        (
+            "applications.0.args.replicas",
+            {"max": 3, "target_ongoing_requests": 8},
+            ["args.replicas: target_ongoing_requests goes with `signal: requests`: add that, or take it out"],
+        ),
+        ("applications.0.args.replicas", {"signal": "requests"}, ["args.replicas.target_ongoing_requests: is missing"]),
+        (
+            "applications.0.args.replicas",
+            {"signal": "requests", "target_ongoing_requests": 8, "kv_target": 0.5},
+            ["args.replicas: unknown key 'kv_target'"],
+        ),
+        (
+            "applications.0.args.replicas",
+            {"signal": "tokens"},
+            ["args.replicas.signal: there is kv-memory and requests, not 'tokens'"],
+        ),
+        ("applications.0.args.replicas", {"kv_target": 70}, ["args.replicas.kv_target", "not 70"]),
+        ("applications.0.args.replicas", {"slack": 1}, ["args.replicas.slack", "not 1"]),
+        ("applications.0.args.resources", {"gpus": 4}, ["gpus (4) is of one worker", "gpus: 1, tensor_parallel: 4"]),
+        (
+            "applications.0.args.resources",
+            {"gpus": 0.5, "tensor_parallel": 2},
+            ["gpus (0.5) is a part of a GPU, but tensor_parallel (2) workers", "write gpus: 1, or tensor_parallel: 1"],
+        ),
+        ("applications.0.args.engine.extra", {"data_parallel_size": 2}, ["'data_parallel_size' is set by `replicas`"]),
+        ("applications.0.args.router.slow_start_s", -1, ["args.router.slow_start_s", "not -1"]),
         ("applications.0.args.router.policy", "random", ["args.router.policy", "'prefix-affinity'", "not 'random'"]),
         ("applications.0.args.environment", {"A": [1]}, ["args.environment.A", "not [1]"]),
         ("applications.0.import_path", "other:app", ["applications[0].import_path", "deployments.app:build"]),
@@ -132,5 +160,31 @@ def test_numbers_in_the_environment_become_text(plain: dict[str, Any]) -> None:
 
 def test_autoscaling_bounds_the_replicas(plain: dict[str, Any]) -> None:
     args = parse_serving(put(plain["applications"][0]["args"], "replicas", {"min": 1, "max": 5}))
-    assert isinstance(args.replicas, Autoscaling)
+    assert isinstance(args.replicas, KvMemory)
     assert args.max_replicas == 5
+    rays = {"min": 1, "max": 5, "signal": "requests", "target_ongoing_requests": 8}
+    args = parse_serving(put(plain["applications"][0]["args"], "replicas", rays))
+    assert isinstance(args.replicas, OngoingRequests)
+    assert args.max_replicas == 5
+    assert parse_serving(args.model_dump(mode="json")) == args
+
+
+def test_the_memory_signal_needs_the_plugin(plain: dict[str, Any]) -> None:
+    args = put(put(plain["applications"][0]["args"], "replicas", {"max": 5}), "environment", {"JENGA": 0})
+    with pytest.raises(ConfigError, match=r"environment\.JENGA 0 turns off.*signal: requests"):
+        parse_serving(args)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_heads_that_cannot_be_shared_out_are_refused(tmp_path: Path, folded: bool) -> None:
+    heads: dict[str, Any] = {"num_attention_heads": 6}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": heads} if folded else heads))
+    for workers, possible in ((1, True), (3, True), (4, False)):
+        args = parse_serving({"model": {"id": "m", "path": "m"}, "resources": {"tensor_parallel": workers}})
+        if possible:
+            tensor_parallel.check(args, tmp_path)
+        else:
+            with pytest.raises(
+                ConfigError, match=r"tensor_parallel: 4 workers cannot share the 6 .* one of 1, 2, 3, 6"
+            ):
+                tensor_parallel.check(args, tmp_path)
