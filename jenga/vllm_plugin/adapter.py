@@ -60,6 +60,8 @@ _SEAMS: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.take_new_block_ids": ("self",),
     "vllm.v1.core.sched.scheduler:Scheduler.__init__": ("self", "vllm_config", "kv_cache_config"),
+    "vllm.v1.core.sched.scheduler:Scheduler.add_request": ("self", "request"),
+    "vllm.v1.core.sched.scheduler:Scheduler.schedule": ("self",),
     "vllm.v1.core.sched.scheduler:Scheduler.reset_prefix_cache": (
         "self",
         "reset_running_requests",
@@ -164,6 +166,7 @@ def install() -> None:
         check_seam(find_seam(name), parameters, name)
 
     from jenga.vllm_plugin import (
+        arrivals,
         checkpoints,
         coordinator,
         engine,
@@ -190,6 +193,7 @@ def install() -> None:
     )
     hybrid_blocks.install()
     checkpoints.install()
+    arrivals.install()
     states.install()
     parts.install()
     steady.install()

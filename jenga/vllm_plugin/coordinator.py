@@ -250,12 +250,14 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
 
     def free(self, request_id: str) -> None:
         """Release a request's blocks of all groups together, tail first (balanced and aligned eviction)."""
+        self._release(self.pop_blocks_by_group(request_id))
+
+    def _release(self, rows: Sequence[list[KVCacheBlock]]) -> None:
+        """One reference less to each block, of rows by group."""
         self.allocator.tick()
         runs = [
             run
-            for pool, size, blocks in zip(
-                self.pools, self.group_block_sizes, self.pop_blocks_by_group(request_id), strict=True
-            )
+            for pool, size, blocks in zip(self.pools, self.group_block_sizes, rows, strict=True)
             for run in pool.drop_references(blocks, size)
         ]
         runs.sort(key=itemgetter(0), reverse=True)
@@ -367,30 +369,47 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
             blocks to reuse by group (null blocks where a group needs none), the hit in tokens, and how many tokens
             further some group would have gone (a shared prefix worth a checkpoint).
         """
-        lookups = [
-            _Lookup(pool, group, resolve_block_hashes(block_hashes, self.hash_block_size, manager.block_size))
-            for group, (pool, manager) in enumerate(zip(self.pools, self.single_type_managers, strict=True))
-        ]
-        hit = longest_common_hit(
-            [
-                GroupCache(policy, manager.block_size, lookup)
-                for policy, manager, lookup in zip(self._policies, self.single_type_managers, lookups, strict=True)
-            ],
-            max_cache_hit_length,
-            self.scheduler_block_size,
-        )
+        hit, lookups = self._look_up(block_hashes, max_cache_hit_length)
         self._last_hit, self._looked_up = hit, max_cache_hit_length + 1
         self.checkpoints.learn(block_hashes, hit)
         if not hit.tokens:
             return tuple([] for _ in self.pools), 0, hit.furthest
-        blocks = []
+        return self._blocks_of(hit, lookups), hit.tokens, hit.furthest - hit.tokens
+
+    def _look_up(self, block_hashes: list[BlockHash], longest: int) -> tuple[Hit, list[_Lookup]]:
+        """The hit of a prompt, at most `longest` tokens, without side effects."""
+        lookups = [
+            _Lookup(pool, group, resolve_block_hashes(block_hashes, self.hash_block_size, manager.block_size))
+            for group, (pool, manager) in enumerate(zip(self.pools, self.single_type_managers, strict=True))
+        ]
+        caches = [
+            GroupCache(policy, manager.block_size, lookup)
+            for policy, manager, lookup in zip(self._policies, self.single_type_managers, lookups, strict=True)
+        ]
+        return longest_common_hit(caches, longest, self.scheduler_block_size), lookups
+
+    def _blocks_of(self, hit: Hit, lookups: Sequence[_Lookup]) -> Blocks:
+        """The blocks that a request resuming behind `hit` must hold, null blocks where a group needs none."""
+        rows = []
         for policy, manager, lookup in zip(self._policies, self.single_type_managers, lookups, strict=True):
             pages = hit.tokens // manager.block_size
             row = [manager._null_block] * pages
             for page in policy.pages_of_hit(pages, manager.block_size):
                 row[page] = lookup.block(page)
-            blocks.append(row)
-        return tuple(blocks), hit.tokens, hit.furthest - hit.tokens
+            rows.append(row)
+        return tuple(rows)
+
+    def refresh(self, block_hashes: list[BlockHash], longest: int) -> None:
+        """A request of this prompt waits: what it will find counts as used now, and is evicted after all else.
+
+        `longest` is the most tokens that it may find.
+        """
+        hit, lookups = self._look_up(block_hashes, longest)
+        if hit.tokens:
+            rows = self._blocks_of(hit, lookups)
+            for pool, row in zip(self.pools, rows, strict=True):
+                pool.touch(row)
+            self._release(rows)
 
     # -- what is kept for later requests --------------------------------------------------------------------
 

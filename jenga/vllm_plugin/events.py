@@ -34,6 +34,7 @@ from vllm.v1.core.kv_cache_utils import (
     maybe_convert_block_hash,
     resolve_block_hashes,
 )
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.kv_cache_interface import iter_layer_specs
@@ -254,7 +255,7 @@ def _publisher(core: EngineCore) -> StreamPublisher | None:
 
 def install() -> None:
     """Give every scheduler that publishes events the stream described here."""
-    make, reset = Scheduler.__init__, Scheduler.reset_prefix_cache
+    make, reset, schedule = Scheduler.__init__, Scheduler.reset_prefix_cache, Scheduler.schedule
 
     def make_with_stream(self: Scheduler, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
@@ -268,8 +269,15 @@ def install() -> None:
         flush(self)
         return done
 
+    def schedule_and_tell(self: Scheduler, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = schedule(self, *args, **kwargs)
+        # vLLM would send it when the step has been computed: a router would promise what is evicted already.
+        flush(self)
+        return output
+
     replaced: tuple[tuple[type, str, Any], ...] = (
         (Scheduler, "__init__", make_with_stream),
+        (Scheduler, "schedule", schedule_and_tell),
         (Scheduler, "reset_prefix_cache", reset_prefix_cache),
         (KVCacheCoordinator, "emit_cached_block_events", emit_cached_block_events),
         (EngineCore, "jenga_event_stream", jenga_event_stream),
