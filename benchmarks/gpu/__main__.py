@@ -58,13 +58,14 @@ def correctness_(
 def throughput_(
     out: Out = Path("results/gpu"),
     model: Models = None,
+    contender: Annotated[list[str] | None, typer.Option(help="Only these: jenga, stock, ...")] = None,
     repeats: int = 3,
     compiled: Annotated[bool, typer.Option(help="torch.compile as well as CUDA graphs (minutes of start-up).")] = True,
     until: Annotated[float, typer.Option(help="Seconds after which no further engine is started.")] = 1e9,
 ) -> None:
     """Requests resident, tokens per second and latencies, one engine at a time."""
     environment(out)
-    throughput.run(out, model or [], repeats, compiled, until)
+    throughput.run(out, model or [], contender or [], repeats, compiled, until)
 
 
 if __name__ == "__main__":

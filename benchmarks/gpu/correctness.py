@@ -1,10 +1,11 @@
 """The same tokens on CUDA: Jenga's memory manager against stock vLLM, counted.
 
-Every case runs four engines over the same prompts: stock with ample memory and without prefix caching; Jenga the same
-way, so that both take the same steps; Jenga pressed, with prefix caching, twice over the prompts; and a negative
-control, pressed, whose last group's pages overlap others.  In bfloat16 other batches and cuts round otherwise, and near
-ties then fall the other way.  So stock also reads what each engine said, from nothing, and gives each token's
-log-probability against the best one's: a token that follows from wrong pages falls short by far more.
+Every case runs these engines over the same prompts: stock with ample memory and without prefix caching; stock recut,
+which takes other steps (smaller batches, shorter cuts); Jenga as stock, so that both take the same steps; Jenga
+pressed, with prefix caching, twice over the prompts; and a negative control, pressed, whose last group's pages overlap
+others.  In bfloat16 other batches and cuts round otherwise, and near ties then fall the other way.  So stock also reads
+what each engine said, from nothing, and gives each token's log-probability against the best one's: a token that
+follows from wrong pages falls short by far more.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ GRAPHS = {
     }
 }
 """CUDA graphs for decodes, without torch.compile (whose minutes of start-up would show nothing here)."""
-CONTENDERS = ("stock", "jenga", "pressed", "overlapping")
+CONTENDERS = ("stock", "recut", "jenga", "pressed", "overlapping")
+STOCK = ("stock", "recut")
 LIMIT_S = 240
 LEAST_SHORT = 0.1
 """Nats that a token may fall short of the best one in any case: ties in bfloat16."""
@@ -55,7 +57,7 @@ class Case:
     @property
     def others(self) -> tuple[str, ...]:
         """The engines that stock is compared with."""
-        return ("jenga", "pressed", "overlapping") if self.control else ("jenga", "pressed")
+        return ("recut", "jenga", "pressed", *(("overlapping",) if self.control else ()))
 
 
 V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -116,7 +118,7 @@ def spec(case: Case, contender: str, folder: Path, pressed_bytes: int) -> dict[s
     model = models.MODELS[case.model]
     hears = case.model == models.WHISPER
     kv_bytes = int(pressed_bytes * case.press) if pressed else 1 << 30
-    hold = case.hold if contender != "stock" else 0
+    hold = case.hold if contender not in STOCK else 0
     return {
         "model": str(folder / f"{case.model}-small"),
         **(melodies() if hears else {"prompts": prompts()}),
@@ -129,8 +131,8 @@ def spec(case: Case, contender: str, folder: Path, pressed_bytes: int) -> dict[s
             **models.RANDOM,
             "skip_tokenizer_init": True,
             "max_model_len": model.context,
-            "max_num_seqs": 16,
-            "max_num_batched_tokens": 384,
+            "max_num_seqs": 5 if contender == "recut" else 16,
+            "max_num_batched_tokens": 200 if contender == "recut" and not hears else 384,
             "gpu_memory_utilization": 0.08,
             "kv_cache_memory_bytes": kv_bytes + hold,
             "enable_prefix_caching": pressed and not hears,
@@ -168,7 +170,7 @@ def job(case: Case, contender: str, folder: Path, scratch: Path) -> processes.Jo
     if contender == "stock":
         asked["score"] = [str(scratch / f"{other}.json") for other in case.others]
     given.write_text(json.dumps(asked))
-    environment = case.environment | {"JENGA": "0" if contender == "stock" else "1"}
+    environment = case.environment | {"JENGA": "0" if contender in STOCK else "1"}
     return processes.Job(generate.main, (given, taken), environment, taken.with_suffix(".log"), LIMIT_S)
 
 
@@ -245,9 +247,10 @@ def faults(made: dict[str, Any]) -> list[str]:
     found = [f"{who} failed" for who in made["failed"]]
     if found or "stock" not in made:
         return found or ["stock said nothing"]
-    limit = max(LEAST_SHORT, 2 * made["stock"]["most short"])
+    usual = max(made[who]["most short"] for who in STOCK)
+    limit = max(LEAST_SHORT, 2 * usual)
     found += [
-        f"{who}: a token falls {made[who]['most short']:.2f} nats short, stock's at most {limit / 2:.2f}"
+        f"{who}: a token falls {made[who]['most short']:.2f} nats short, stock's at most {usual:.2f}"
         for who in ("jenga", "pressed")
         if made[who]["most short"] > limit
     ]

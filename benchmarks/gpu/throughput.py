@@ -57,7 +57,9 @@ LOADS = [
 ]
 
 
-def run(out: Path, chosen: list[str], repeats: int, compiled: bool, until_s: float) -> list[dict[str, Any]]:
+def run(
+    out: Path, chosen: list[str], who: list[str], repeats: int, compiled: bool, until_s: float
+) -> list[dict[str, Any]]:
     """All engines of the chosen models, one after the other; rows are printed and saved as they come.
 
     An engine that would start later than `until_s` seconds from now is left out, and said so.
@@ -66,25 +68,30 @@ def run(out: Path, chosen: list[str], repeats: int, compiled: bool, until_s: flo
     rows: list[dict[str, Any]] = []
     processes.preload()
     begun = time.perf_counter()
-    pairs = [(load, who) for load in LOADS if not chosen or load.model in chosen for who in load.contenders]
+    pairs = [
+        (load, each)
+        for load in LOADS
+        for each in load.contenders
+        if (not chosen or load.model in chosen) and (not who or each in who)
+    ]
     for model in {load.model for load, _ in pairs}:
         models.make(model, folder, small=False)
     if compiled:
-        jobs = [job(folder, load, who, 0, compiled) for load, who in pairs if who in ("jenga", "stock")]
+        jobs = [job(folder, load, each, 0, compiled) for load, each in pairs if each in ("jenga", "stock")]
         for number, words in processes.run(jobs, WARMING):
             if words:
                 print(f"warming up: {jobs[number].log}:\n{words}", flush=True)
         print(f"== {time.perf_counter() - begun:.0f} s: compiled", flush=True)
-    for load, who in pairs:
+    for load, each in pairs:
         if time.perf_counter() - begun > until_s:
-            print(f"left out: {load.model}, {who}", flush=True)
+            print(f"left out: {load.model}, {each}", flush=True)
             continue
-        asked = job(folder, load, who, repeats, compiled)
+        asked = job(folder, load, each, repeats, compiled)
         taken: Path = asked.arguments[1]
         taken.unlink(missing_ok=True)
         ((_, words),) = processes.run([asked])
         result: dict[str, Any] = json.loads(taken.read_text()) if taken.exists() else {}
-        rows.append({"model": load.model, "contender": who, "kv_gib": load.kv_gib, **result})
+        rows.append({"model": load.model, "contender": each, "kv_gib": load.kv_gib, **result})
         if words:
             rows[-1]["failed"] = words
         (out / "throughput.json").write_text(json.dumps(rows) + "\n")
