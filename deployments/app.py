@@ -20,6 +20,8 @@ from deployments.router import PrefixAffinityRouter
 
 # Ongoing requests of the ingress are bounded by the engines' queues, not by it.
 _NO_LIMIT = 1_000_000
+# Ray's mark of a cluster's head node.
+_ON_THE_HEAD = "node:__internal_head__"
 # How often the controller asks a replica what routers should know.
 _ROUTING_PERIOD_S = 2.0
 # A replica that is to stop ends its answers first: the longest that a request may take, and time to send the end.
