@@ -183,7 +183,14 @@ def build(args: dict[str, Any]) -> serve.Application:
         num_replicas=1,
         max_ongoing_requests=_NO_LIMIT,
         graceful_shutdown_timeout_s=config.limits.request_s + _LAST_WORDS_S,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": environment(config)}},
+        # Another one is up before this one ends.
+        max_surge_percent=100,
+        ray_actor_options={
+            "num_cpus": 0,
+            # Beside the door that requests come in by: the loss of a worker is none of the ingress.
+            "resources": {_ON_THE_HEAD: 0.001},
+            "runtime_env": {"env_vars": environment(config)},
+        },
     )
     return deployment.bind(
         llm_deployments={config.model.id: build_llm_deployment(ray_config, name_prefix="Engine:")},
