@@ -5,6 +5,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from deployments import proxy
+
 # Of each process of a Ray node; nothing of another Ray may leak in.
 _FOREIGN = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RUNTIME_ENV_HOOK")
 _OBJECT_STORE_BYTES = 256 << 20
@@ -65,6 +67,7 @@ def environment(outer: Mapping[str, str], ports: NodePorts, working_dir: str) ->
         # Two ports that `ray start` has no option for.
         "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
         "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
+        **proxy.ENVIRONMENT,
         # Ray's own requests to the loopback must not go to a proxy.
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
