@@ -60,11 +60,20 @@ def main(home: Path) -> None:
         "PATH": f"{home / 'bin'}:{os.environ['PATH']}",
     }
     import boto3
+    import botocore.client
     from moto import mock_aws
     from ray.scripts.scripts import down, up
 
     from deployments.cluster import checks
 
+    calls: list[tuple[str, dict[str, Any]]] = []
+    make = botocore.client.BaseClient._make_api_call
+
+    def make_and_note(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        calls.append((f"{client.meta.service_model.service_name}:{operation}", arguments))
+        return make(client, operation, arguments)
+
+    botocore.client.BaseClient._make_api_call = make_and_note
     with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
         ec2 = boto3.client("ec2", region_name="us-west-2")
         file = home / "aws.yaml"
@@ -88,6 +97,7 @@ def main(home: Path) -> None:
             told["workers"][name] = answer[0]
             ec2.terminate_instances(InstanceIds=[item["InstanceId"] for item in answer])
         down.main([str(file), "--yes"], standalone_mode=False)
+        told["calls"] = calls
         told["left"] = [item["State"]["Name"] for item in instances(ec2)]
     (home / "told.json").write_text(json.dumps(told, default=str))
 

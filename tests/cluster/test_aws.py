@@ -74,3 +74,20 @@ def test_every_node_type_is_accepted_and_spot_is_spot(told: dict[str, Any]) -> N
 
 def test_down_ends_every_machine(told: dict[str, Any]) -> None:
     assert told["left"] == []
+
+
+def test_the_policy_allows_what_is_called_and_no_more(told: dict[str, Any]) -> None:
+    """cluster/aws-iam.json, which docs/cluster.md gives to the user."""
+    rules = json.loads((ROOT / "cluster/aws-iam.json").read_text())["Statement"]
+    allowed = {
+        action: rule["Resource"]
+        for rule in rules
+        for action in ([rule["Action"]] if isinstance(rule["Action"], str) else rule["Action"])
+    }
+    called = {operation for operation, _ in told["calls"]}
+    # To hand the role to a machine is a permission, but no call; the parameter is asked for by hand.
+    assert allowed.keys() == called | {"iam:PassRole", "ssm:GetParameter"}
+    for operation, arguments in told["calls"]:
+        names = [value for key, value in arguments.items() if key in ("RoleName", "InstanceProfileName")]
+        for name in names:
+            assert any(resource.endswith(f"/{name}") for resource in allowed[operation]), (operation, name)
