@@ -5,7 +5,7 @@ FLAVOUR ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve stop status test test-cluster test-dashboards test-vllm lint lock clean
+.PHONY: help install serve stop status test test-cluster test-dashboards test-scaling test-vllm lint lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s%s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ test-dashboards: install ## Dashboards and alerts on real engines and a real Pro
 
 test-cluster: install ## A real `ray up` on hosts made of namespaces, and one at a fake AWS (root, SSH server; 5 minutes)
 	@$(BIN)/python tests/cluster/live/run.py
+
+test-scaling: install ## Replicas that come and go with demand, on real engines: 1, 2, 1 (5 minutes)
+	@$(BIN)/python benchmarks/scaling.py --small --check
 
 lint: install ## Run ruff and mypy only
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
