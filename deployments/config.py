@@ -271,12 +271,21 @@ class Auth(Section):
 
 
 class Limits(Section):
-    """What one request may ask for, whoever makes it."""
+    """What requests may ask for, whoever makes them."""
 
     body: Annotated[ByteSize, Field(gt=0)] = Field(ByteSize(8 << 20), description="size of a request body")
     prompt_tokens: PositiveInt | None = Field(None, description="tokens of a prompt; the model's length if not set")
     sequences: PositiveInt = Field(128, description="answers of one request: prompts x `n`")
+    values: PositiveInt = Field(10_000, description="strings, numbers, lists and objects in a body, token ids aside")
+    grammar: Annotated[ByteSize, Field(gt=0)] = Field(
+        ByteSize(64 << 10), description="size of a response format or a structured output, which becomes a grammar"
+    )
     request_s: PositiveFloat = Field(600, description="seconds from the first byte to the end of the answer")
+    body_s: PositiveFloat = Field(60, description="seconds from the first byte to the end of the body")
+    requests: PositiveInt = Field(1024, description="requests in progress in one ingress; more are told to come back")
+    bodies: Annotated[ByteSize, Field(gt=0)] = Field(
+        ByteSize(256 << 20), description="size of the bodies of all requests of one ingress together"
+    )
 
 
 class Serving(Section):

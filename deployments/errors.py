@@ -19,3 +19,16 @@ def error_response(
 ) -> JSONResponse:
     """The response that carries ``error_body``."""
     return JSONResponse(error_body(message, status, **fields), status_code=status, headers=headers)
+
+
+RETRY_AFTER_S = 2
+
+
+def overloaded(why: str) -> JSONResponse:
+    """The honest refusal of what cannot be taken just now; OpenAI's clients come back by themselves."""
+    return error_response(
+        f"The server is busy: {why}. Try again in {RETRY_AFTER_S} s.",
+        503,
+        code="overloaded",
+        headers={"Retry-After": str(RETRY_AFTER_S)},
+    )

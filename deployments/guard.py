@@ -1,4 +1,4 @@
-"""What every request passes before anything of it is parsed: its key, its key's limits, its size, its time."""
+"""What every request passes before anything is made of it: its key, its key's limits, its size and form, its time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments import bodies
 from deployments.config import Auth, Limits
-from deployments.errors import error_response
+from deployments.errors import error_response, overloaded
 from deployments.keyring import Key, KeyRing, LiveKeys
 from deployments.quota import Quotas
 
@@ -46,6 +48,7 @@ class Guard:
         self._limits = limits
         self._keys = None if auth is None else LiveKeys(auth.keys_file, auth.keys_variable)
         self._quotas = Quotas()
+        self._running = self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -63,7 +66,7 @@ class Guard:
             admitted = Admitted(deadline, key, ring)
         scope.setdefault("state", {})["admitted"] = admitted
         if scope["method"] != "POST":
-            await self._app(scope, receive, send)
+            await self._run(scope, receive, send, counted=path not in OPEN)
             return
         if admitted.key is not None and (excess := self._quotas.enter(admitted.key)) is not None:
             refused = error_response(
@@ -76,48 +79,76 @@ class Guard:
             await refused(scope, receive, send)
             return
         try:
-            body = await self._body(scope, receive, deadline)
-            if isinstance(body, Response):
-                await body(scope, receive, send)
-            else:
-                await self._app(scope, _replay(body, receive), send)
+            await self._read_and_run(scope, receive, send)
         finally:
             if admitted.key is not None:
                 self._quotas.leave(admitted.key)
 
-    async def _body(self, scope: Scope, receive: Receive, deadline: float) -> bytes | Response:
-        """The whole body, or the refusal of one that is too large or too slow."""
-        most = int(self._limits.body)
+    async def _read_and_run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body, and answer it if it is fit for that."""
+        parts: list[bytes] = []
+        try:
+            refused = await self._read(scope, receive, parts)
+            if refused is None and (found := bodies.fault(body := b"".join(parts), self._limits)) is not None:
+                refused = error_response(found.message, 400, code=found.code, param=found.param)
+            if refused is None:
+                await self._run(scope, _replay(body, receive), send)
+            else:
+                await refused(scope, receive, send)
+        except ClientDisconnect:
+            pass
+        finally:
+            self._held -= sum(map(len, parts))
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send, *, counted: bool = True) -> None:
+        """Hand a whole request on, unless there are too many."""
+        if not counted:
+            await self._app(scope, receive, send)
+        elif self._running >= self._limits.requests:
+            await overloaded(f"{self._limits.requests} requests are in progress (limits.requests)")(
+                scope, receive, send
+            )
+        else:
+            self._running += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._running -= 1
+
+    async def _read(self, scope: Scope, receive: Receive, parts: list[bytes]) -> Response | None:
+        """Read the whole body into `parts`; the refusal of one that is too large, too slow or one too many.
+
+        Raises ClientDisconnect where the client went.
+        """
+        most, size = int(self._limits.body), 0
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > most:
             return _too_large(most)
-        parts, size = [], 0
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout(min(self._limits.body_s, self._limits.request_s)):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return b""
+                        raise ClientDisconnect
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
+                    self._held += len(parts[-1])
                     if size > most:
                         return _too_large(most)
+                    if self._held > self._limits.bodies:
+                        return overloaded(f"requests of {self._limits.bodies:,} bytes are in progress (limits.bodies)")
                     if not message.get("more_body", False):
-                        return b"".join(parts)
+                        return None
         except TimeoutError:
-            return time_is_up(self._limits)
+            return body_is_late(self._limits)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """What reads `body` once, and then whatever else the client sends."""
-    told = False
+    kept = [body]
 
     async def again() -> Message:
-        nonlocal told
-        if told:
-            return await receive()
-        told = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": kept.pop(), "more_body": False} if kept else await receive()
 
     return again
 
@@ -180,4 +211,14 @@ def time_is_up(limits: Limits) -> Response:
         408,
         code="request_timeout",
         headers={"x-should-retry": "false"},
+    )
+
+
+def body_is_late(limits: Limits) -> Response:
+    """The answer to a request whose body did not come to its end."""
+    return error_response(
+        f"The request's body took longer than {min(limits.body_s, limits.request_s):g} s to come (limits.body_s).",
+        408,
+        code="request_timeout",
+        headers={"x-should-retry": "false", "Connection": "close"},
     )

@@ -22,7 +22,7 @@ from ray.serve.llm.ingress import OpenAiIngress
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import GenerationError, VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments import memory_map
@@ -317,6 +317,8 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
             if timer.expired():
                 message = TIME_IS_UP.format(seconds=self._limits.request_s)
                 told = error_body(message, 408, code="request_timeout")
+            elif isinstance(error, GenerationError) and _asks_for_form(body):
+                told = error_body(_NO_FORM, 400, code="invalid_form")
             else:
                 logger.exception("the engine failed during a stream")
                 told = error_body(f"The engine failed: {type(error).__name__}.", 500, code="engine_error")
@@ -373,6 +375,10 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
             raise
         except _TimeIsUpError:
             return time_is_up(self._limits)
+        except GenerationError:
+            if not _asks_for_form(body):
+                raise
+            return error_response(_NO_FORM, 400, code="invalid_form")
         except (EngineDeadError, RayActorError):
             logger.exception("a replica died under a request")
             return error_response("The replica that had this request died; try again.", 503, code="engine_unavailable")
@@ -385,6 +391,19 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
 def _admitted(raw_request: Request | None) -> Admitted:
     """What the guard knows of a request."""
     return Admitted(None) if raw_request is None else raw_request.state.admitted
+
+
+# What the engine does not find out before it makes a grammar of it, and then ends the request for.
+_NO_FORM = (
+    "The engine cannot make answers of the form that is asked for (response_format, structured_outputs): its pattern, "
+    "grammar or schema is not valid, refers to itself without an end, or is too large."
+)
+
+
+def _asks_for_form(body: Any) -> bool:
+    """Whether an answer is to have the form of a pattern, grammar or schema."""
+    wanted = getattr(body, "response_format", None)
+    return getattr(body, "structured_outputs", None) is not None or getattr(wanted, "type", "text") != "text"
 
 
 def _sequences(body: Any) -> int:

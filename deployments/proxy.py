@@ -13,6 +13,7 @@ import logging
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.edge import Edge, bound_connections
 from deployments.errors import error_body, error_response
 
 logger = logging.getLogger("ray.serve")
@@ -30,7 +31,9 @@ _KEPT_BYTES = 16 << 20
 
 def middlewares() -> list[Middleware]:
     """What Serve's proxy puts around itself."""
-    return [Middleware(SecondTry)]
+    bound_connections()
+    # The last is the outermost.
+    return [Middleware(SecondTry), Middleware(Edge)]
 
 
 class SecondTry:

@@ -5,40 +5,54 @@ comes from outside, what is connected goes inside.
 """
 
 import asyncio
-import contextlib
 import socket
 
 _CHUNK = 1 << 16
+_STALLED_S = 60.0
+"""Seconds for which a client may read nothing of what waits for it."""
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Copy until the end, then say so to the other side, which may go on sending."""
+async def _up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Copy what the client sends; it may end that, and go on reading."""
     while data := await reader.read(_CHUNK):
         writer.write(data)
         await writer.drain()
-    if writer.can_write_eof():
-        writer.write_eof()
+    writer.write_eof()
+
+
+async def _down(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Copy what the server answers."""
+    while data := await reader.read(_CHUNK):
+        writer.write(data)
+        # Raises TimeoutError, an OSError.
+        await asyncio.wait_for(writer.drain(), _STALLED_S)
 
 
 async def _join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
-    with contextlib.suppress(OSError):
-        try:
-            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError:
-            # Nobody listens inside: the peer sees its connection end.
-            writer.close()
-            return
-        try:
-            async with asyncio.TaskGroup() as pumps:
-                pumps.create_task(_pump(reader, inner_writer))
-                pumps.create_task(_pump(inner_reader, writer))
-        except* OSError:
-            pass
-        finally:
-            for end in (writer, inner_writer):
-                end.close()
+    try:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        # Nobody listens inside: the peer sees its connection end.
+        writer.close()
+        return
+    up = asyncio.create_task(_up(reader, inner_writer))
+    down = asyncio.create_task(_down(inner_reader, writer))
+    try:
+        await asyncio.wait({up, down}, return_when=asyncio.FIRST_COMPLETED)
+        if not down.done() and up.exception() is None:
+            await asyncio.wait({down})
+    finally:
+        # The server's end is the connection's: a client that keeps its half open would hold both for ever.
+        for task in (up, down):
+            task.cancel()
+        await asyncio.gather(up, down, return_exceptions=True)
+        inner_writer.transport.abort()
+        writer.close()
+        # Closing waits until the client has read everything.
+        asyncio.get_running_loop().call_later(_STALLED_S, writer.transport.abort)
 
 
 async def forward(sock: socket.socket, port: int) -> asyncio.Server:
     """Serve a listening socket until the returned server is closed."""
-    return await asyncio.start_server(lambda reader, writer: _join(reader, writer, port), sock=sock)
+    # As many may knock at once as uvicorn lets wait; asyncio's own 100 are soon full.
+    return await asyncio.start_server(lambda reader, writer: _join(reader, writer, port), sock=sock, backlog=2048)

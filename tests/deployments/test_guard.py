@@ -195,3 +195,37 @@ def test_top_says_which_variable_takes_the_key() -> None:
         "Incorrect API key provided.", "invalid_api_key"
     )
     assert f"admin keys only{remedy}" in said("You did not provide an API key.", "missing_api_key")
+
+
+@pytest.mark.asyncio
+async def test_an_overload_is_refused_with_the_time_to_come_back(tmp_path: Path) -> None:
+    async with client(None, tmp_path, requests=2, bodies=300) as http:
+        running = [asyncio.create_task(http.post("/x", content="x", headers={"x-wait": "0.4"})) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        for refused in (await http.post("/x", content="x"), await http.get("/x")):
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "overloaded"
+            assert int(refused.headers["retry-after"]) > 0
+        assert (await http.get("/health")).status_code == 200
+        assert [each.status_code for each in await asyncio.gather(*running)] == [200, 200]
+        large = [http.post("/x", content="x" * 200, headers={"x-wait": "0.2"}) for _ in range(2)]
+        assert sorted(each.status_code for each in await asyncio.gather(*large)) == [200, 503]
+        for _ in range(3):
+            assert (await http.post("/x", content="x" * 200)).status_code == 200, "what is over no longer counts"
+
+
+@pytest.mark.asyncio
+async def test_a_body_that_comes_slowly_or_not_whole_holds_nothing(tmp_path: Path) -> None:
+    async def slowly() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x"
+            await asyncio.sleep(0.05)
+
+    async with client(None, tmp_path, body_s=0.2, bodies=300) as http:
+        for _ in range(3):
+            late = await http.post("/x", content=slowly())
+            assert late.status_code == 408
+            assert "limits.body_s" in late.json()["error"]["message"]
+        refused = await http.post("/x", content=b'{"a": ' + b"[" * 100)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "nested_too_deeply")
+        assert (await http.post("/x", content="x" * 290)).status_code == 200

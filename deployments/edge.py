@@ -1,0 +1,150 @@
+"""At the edge of Serve's HTTP proxy: what a connection may cost, and which headers go further.
+
+uvicorn waits for ever for a head that never ends, however long it is, and for a client that never reads its answer;
+Ray's proxy answers 500 to headers that are not UTF-8, and lets clients switch off its own limits.  Neither has a
+setting for it.  `deployments.proxy` puts this in place in every proxy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http import auto
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from deployments.errors import RETRY_AFTER_S, error_body
+
+HEAD_S = 20.0
+"""Seconds from the connection, or from a request's first byte, to the end of its head."""
+HEAD_BYTES = 64 << 10
+STALLED_S = 60.0
+"""Seconds for which a client may read nothing of an answer that waits for it."""
+MOST_CONNECTIONS = 4096
+"""Open connections of one proxy."""
+
+# Ray's own, for proxies of its own in front: a time limit, going on without the client, a model, a session.
+_INTERNAL = {
+    b"x-request-timeout-seconds",
+    b"x-request-disconnect-disabled",
+    b"serve-multiplexed-model-id",
+    b"x-session-id",
+}
+_REQUEST_ID = b"x-request-id"
+_FIT_ID = re.compile(rb"[\w.:/+=-]{1,128}")
+
+
+class Edge:
+    """ASGI middleware: clients' headers reach Ray's proxy only where they mean nothing to it, or are fit."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] == "http":
+            scope["headers"] = [(name, value) for name, value in scope["headers"] if _passes(name, value)]
+        await self._app(scope, receive, send)
+
+
+def _passes(name: bytes, value: bytes) -> bool:
+    name = name.lower().replace(b"_", b"-")
+    return name not in _INTERNAL and (name != _REQUEST_ID or _FIT_ID.fullmatch(value) is not None)
+
+
+class _Patience(FlowControl):
+    """uvicorn's flow control that gives up a client which does not read."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self._given_up: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._given_up is None:
+            self._given_up = asyncio.get_running_loop().call_later(STALLED_S, self._transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.settle()
+
+    def settle(self) -> None:
+        """It reads again, or is gone."""
+        if self._given_up is not None:
+            self._given_up.cancel()
+            self._given_up = None
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with a head that ends in time and in size, and a bound on connections."""
+
+    _head: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client connected."""
+        super().connection_made(transport)
+        self.flow = _Patience(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            self._refuse(503, "Too many connections.", "overloaded", f"retry-after: {RETRY_AFTER_S}\r\n")
+        else:
+            self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """A client went."""
+        self._head_ended()
+        if isinstance(self.flow, _Patience):
+            self.flow.settle()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a head or of a body."""
+        if self.transport.is_closing():
+            return
+        if self._head is not None:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head is not None and self._head_bytes > HEAD_BYTES:
+            self._refuse(431, f"The request's headers are larger than {HEAD_BYTES:,} bytes.", "headers_too_large")
+
+    def on_message_begin(self) -> None:
+        """A request's first byte."""
+        super().on_message_begin()
+        if self._head is None:
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        """A request's head is whole."""
+        self._head_ended()
+        super().on_headers_complete()
+
+    def _await_head(self) -> None:
+        self._head_bytes = 0
+        self._head = self.loop.call_later(HEAD_S, self._late)
+
+    def _head_ended(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+    def _late(self) -> None:
+        self._refuse(408, f"The request's headers took longer than {HEAD_S:g} s to come.", "request_timeout")
+
+    def _refuse(self, status: int, message: str, code: str, headers: str = "") -> None:
+        self._head_ended()
+        if self.transport.is_closing():
+            return
+        body = json.dumps(error_body(message, status, code=code)).encode()
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n{headers}\r\n"
+        self.transport.write(STATUS_LINE[status] + head.encode() + body)
+        self.transport.close()
+
+
+def bound_connections() -> None:
+    """Serve with `BoundedProtocol` from now on, in this process."""
+    module: Any = auto
+    module.AutoHTTPProtocol = BoundedProtocol

@@ -1,0 +1,84 @@
+"""Bodies that are refused before anything is made of them, and those that are not."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deployments.bodies import MOST_DEPTH, fault
+from deployments.config import Limits
+
+LIMITS = Limits(values=100, grammar=1000)  # type: ignore[arg-type]  # pydantic reads a size from a number
+
+
+def code(body: bytes | dict[str, Any]) -> str | None:
+    found = fault(body if isinstance(body, bytes) else json.dumps(body).encode(), LIMITS)
+    return found and found.code
+
+
+def nested(depth: int) -> bytes:
+    return b'{"a":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"prompt": "k" * 100_000}, None),
+        ({"prompt": list(range(5000)), "stop_token_ids": [5] * 200}, None),
+        ({"prompt": [list(range(500))] * 20}, None),
+        ({"messages": [{"role": "user", "content": 'quotes \\" and [brackets{ in text'}] * 10}, None),
+        ({"a": "😀", "b": [None, True, -(2**63), 2**63 - 1, 1.5]}, None),
+        (nested(MOST_DEPTH), None),
+        (nested(MOST_DEPTH + 1), "nested_too_deeply"),
+        (b"[" * 1_000_000, "nested_too_deeply"),
+        ({"messages": [{}] * 101}, "too_many_values"),
+        ({f"k{i}": 1 for i in range(101)}, "too_many_values"),
+        ({"tools": [1] * 101}, "too_many_values"),
+        ({"prompt": [1] * 101 + [1.5]}, "too_many_values"),
+        ({"prompt": [[1.5] * 60] * 2}, "too_many_values"),
+        ({"bad_words": [1] * 101}, "too_many_values"),
+        ({"x": {"stop_token_ids": [1] * 101}}, "too_many_values"),
+        ({"top_k": 2**63}, "invalid_value"),
+        ({"prompt": [1, -(2**63) - 1]}, "invalid_value"),
+        (b'{"stop": ["\\ud800"]}', "invalid_value"),
+        (b'{"\\udfff": 1}', "invalid_value"),
+        (b'{"a": NaN}', "invalid_value"),
+        (b'{"a": [1e999]}', "invalid_value"),
+        ({"messages": [{"role": "user"}, 3]}, "invalid_value"),
+        ({"messages": [{"content": "x"}]}, "invalid_value"),
+        ({"structured_outputs": {"regex": "(" * 1000}}, "grammar_too_large"),
+        (json.dumps({"a": 1}).encode("utf-16"), "invalid_json"),
+        (b'{"a": "\xff"}', "invalid_json"),
+        (b'{"a": ', None),
+        (b'{"a": "never ends', None),
+        (b"9" * 5000, None),
+        (b"", None),
+    ],
+)
+def test_a_body_is_refused_for_what_would_cost_others(body: bytes | dict[str, Any], expected: str | None) -> None:
+    assert code(body) == expected
+
+
+TEXT = st.text(st.characters(codec="utf-8"))
+NUMBERS = st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(TEXT, JSON, max_size=5), st.booleans())
+@settings(max_examples=200)
+def test_any_modest_body_passes(data: dict[str, Any], ascii_only: bool) -> None:
+    data = {name: value for name, value in data.items() if name != "messages"}
+    limits = Limits(values=10_000)
+    assert fault(json.dumps(data, ensure_ascii=ascii_only).encode(), limits) is None
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=300)
+def test_bytes_of_any_kind_make_no_exception(body: bytes) -> None:
+    fault(body, LIMITS)
