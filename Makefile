@@ -5,7 +5,7 @@ FLAVOUR ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve stop status test test-cluster test-dashboards test-scaling test-vllm lint lock clean
+.PHONY: help install serve stop status test test-chaos test-cluster test-dashboards test-scaling test-vllm lint lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s%s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ test-cluster: install ## A real `ray up` on hosts made of namespaces, and one at
 
 test-scaling: install ## Replicas that come and go with demand, on real engines: 1, 2, 1 (5 minutes)
 	@$(BIN)/python benchmarks/scaling.py --small --check
+
+test-chaos: install ## Break that cluster in eight ways under load; prints what became of each request (20 minutes; KINDS=words)
+	@JENGA_CHAOS="$(KINDS)" $(BIN)/python tests/cluster/live/run.py tests/cluster/live/chaos.py
 
 lint: install ## Run ruff and mypy only
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -6,29 +6,37 @@ namespace itself is the outside world, and all of it ends with the namespace's f
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[3]
 NETWORK = "10.77.0"
 OUTSIDE = f"{NETWORK}.1"
+HEAD = f"{NETWORK}.10"
+MODEL = "gemma3-recall"
 _START_S = 20.0
 
-# $1 folder, $2 address, $3 name, $4 Python, $5 settings of sshd.  /root is this machine's with changes of its own;
-# pid 1 reaps orphans and ends with its standard input.
+# $1 disk, $2 address, $3 name, $4 Python, $5 settings of sshd.  /root is this machine's with changes of its own, which
+# stay when the host is killed; pid 1 reaps orphans and ends with its standard input.
 _BOOT = """
 set -eu
 mount --make-rprivate /
 hostname "$3"
-mount -t tmpfs tmpfs "$1"
-mkdir "$1/upper" "$1/work"
+mkdir -p "$1/work"
+first=; [ -d "$1/upper" ] || first=yes
+mkdir -p "$1/upper"
 mount -t overlay overlay -o lowerdir=/root,upperdir="$1/upper",workdir="$1/work" /root
-rm -rf /root/.ray
-mkdir -p /tmp/ray
-mount -t tmpfs -o mode=1777 tmpfs /tmp/ray
+[ -z "$first" ] || rm -rf /root/.ray
+mkdir -p /tmp/ray "$1/ray"
+chmod 1777 "$1/ray"
+mount --bind "$1/ray" /tmp/ray
 mount -t tmpfs -o mode=1777,size=2g tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
@@ -60,6 +68,17 @@ class Host:
         """The bridge's end of its cable."""
         return f"to-{self.name}"
 
+    def processes(self, word: str = "") -> list[psutil.Process]:
+        """What runs on it with `word` in its title, seen from outside."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if word in " ".join([process.name(), *process.cmdline()]):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
     def kill(self) -> None:
         """Take its power away."""
         self.process.kill()
@@ -74,25 +93,67 @@ class Lab:
     hosts: dict[str, Host] = field(default_factory=dict)
 
     @property
+    def workers(self) -> list[str]:
+        """Addresses of all hosts but the head."""
+        return [host.address for host in self.hosts.values() if host.address != HEAD]
+
+    @property
     def key(self) -> Path:
         """Private SSH key."""
         return self.folder / "key"
 
-    def start(self, names: dict[str, int]) -> None:
-        """Build the network and start hosts, by the last number of their addresses."""
+    def start(self, workers: int) -> None:
+        """Build the network, start a head and some workers."""
+        names = {"head": HEAD} | {f"worker-{n}": f"{NETWORK}.{10 + n}" for n in range(1, workers + 1)}
+        disks = self.folder / "disks"
+        disks.mkdir()
+        run("mount", "-t", "tmpfs", "tmpfs", str(disks))
         run("ip", "link", "set", "lo", "up")
         run("ip", "link", "add", "lan", "type", "bridge")
         run("ip", "addr", "add", f"{OUTSIDE}/24", "dev", "lan")
         run("ip", "link", "set", "lan", "up")
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key))
-        for name, number in names.items():
-            self.hosts[name] = self._start_host(name, f"{NETWORK}.{number}")
+        for name, address in names.items():
+            self.hosts[name] = self._start_host(name, address)
         for host in self.hosts.values():
             self._wait(host)
 
+    def boot(self, name: str) -> None:
+        """Give a host that was killed its power back: same name, address and disk."""
+        subprocess.run(["ip", "link", "del", self.hosts[name].cable], capture_output=True, check=False)
+        self.hosts[name] = self._start_host(name, self.hosts[name].address)
+        self._wait(self.hosts[name])
+
+    def cut(self, name: str) -> None:
+        """Take a host off the network without a word: what is sent to it or from it vanishes."""
+        addresses = {host.address: self._card(host) for host in self.hosts.values()}
+        for host in self.hosts.values():
+            # Otherwise nobody would answer who has the address, and senders would be told after three seconds.
+            known = [item for item in addresses.items() if item[0] != host.address]
+            for address, card in known:
+                self._inside(host, "ip", "neigh", "replace", address, "lladdr", card, "dev", "eth0", "nud", "permanent")
+        run("ip", "link", "set", self.hosts[name].cable, "nomaster")
+
+    def mend(self, name: str) -> None:
+        """Put a host back on the network."""
+        run("ip", "link", "set", self.hosts[name].cable, "master", "lan")
+
+    def _card(self, host: Host) -> str:
+        # Not from /sys, which is the machine's own.
+        (found,) = json.loads(self._inside(host, "ip", "-j", "link", "show", "eth0"))
+        return str(found["address"])
+
+    def _inside(self, host: Host, *command: str) -> str:
+        first = host.processes()[0].pid
+        inside = ["nsenter", "-t", str(first), "--net", "--mount", *command]
+        return subprocess.run(inside, check=True, capture_output=True, text=True).stdout
+
     def _start_host(self, name: str, address: str) -> Host:
         folder = self.folder / name
-        (folder / "private").mkdir(parents=True)
+        disk = self.folder / "disks" / name
+        for path in (folder, disk):
+            path.mkdir(exist_ok=True)
+        (folder / "hostkey").unlink(missing_ok=True)
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "hostkey"))
         authorized = folder / "authorized_keys"
         authorized.write_text(self.key.with_suffix(".pub").read_text())
@@ -111,7 +172,7 @@ class Lab:
         config = folder / "sshd_config"
         config.write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
         unshare = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        boot = ["sh", "-c", _BOOT, "sh", str(folder / "private"), address, name, sys.executable, str(config)]
+        boot = ["sh", "-c", _BOOT, "sh", str(disk), address, name, sys.executable, str(config)]
         with (folder / "console.log").open("wb") as console:
             process = subprocess.Popen(
                 [*unshare, *boot], stdin=subprocess.PIPE, stdout=console, stderr=subprocess.STDOUT, cwd=ROOT
@@ -147,3 +208,19 @@ class Lab:
         """End every host; the network ends with the namespace."""
         for host in self.hosts.values():
             host.kill()
+
+
+def jenga(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The program as a user runs it outside the hosts, with state and Ray's files of its own."""
+    outside = lab.folder / "outside"
+    outside.mkdir(exist_ok=True)
+    own = {"JENGA_STATE_DIR": str(outside / "run"), "RAY_TMPDIR": str(outside), "TMPDIR": str(outside)}
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "jenga"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | own | {"COLUMNS": "160"},
+        check=False,
+    )

@@ -1,18 +1,12 @@
 """A cluster for real: `jenga up` of a head and two workers over SSH, the demo application, answers from outside.
 
-`make test-cluster` runs it.  Only the set-up command that would install the project anew on every host is replaced.
+`make test-cluster` runs it; conftest.py says what is replaced.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,98 +15,17 @@ import pytest
 import yaml
 
 from jenga.demo import recall
-from tests.cluster.live.lab import NETWORK, Lab
+from tests.cluster.live.lab import HEAD, MODEL, Lab, jenga
 
-ROOT = Path(__file__).resolve().parents[3]
-HEAD, WORKERS = f"{NETWORK}.10", [f"{NETWORK}.11", f"{NETWORK}.12"]
-MODEL = "gemma3-recall"
+WORKERS = 2
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    hosts = Lab(tmp_path_factory.mktemp("lab"))
-    try:
-        hosts.start({"head": 10, "worker-1": 11, "worker-2": 12})
-        yield hosts
-    finally:
-        hosts.stop()
-
-
-@pytest.fixture(scope="module")
-def files(lab: Lab) -> dict[str, Path]:
-    """cluster/local.yaml and a serving configuration with what a user edits, and the replaced set-up command."""
-    serving = yaml.safe_load((ROOT / "cluster/serving.yaml").read_text())
-    demo = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
-    args = demo["applications"][0]["args"]
-    args["model"]["path"] = f"~/models/{MODEL}"
-    args["engine"] |= {"max_model_len": 512, "max_num_seqs": 16, "kv_memory": "16MiB"}
-    serving["applications"][0]["args"] = args
-    serving_path = lab.folder / "serving.yaml"
-    serving_path.write_text(yaml.safe_dump(serving))
-
-    cluster = yaml.safe_load((ROOT / "cluster/local.yaml").read_text())
-    cluster["cluster_name"] = "jenga-lab"
-    cluster["provider"] = {"type": "local", "head_ip": HEAD, "worker_ips": WORKERS}
-    cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(lab.key)}
-    cluster["file_mounts"]["~/jenga-serve/serving.yaml"] = str(serving_path)
-    install = "cd ~/jenga-serve && make install FLAVOUR=gpu"
-    # Three hosts share this machine: with one core each, every worker takes one replica.
-    starts = cluster["worker_start_ray_commands"]
-    starts[-1] = starts[-1].replace("ray start", "ray start --num-cpus=1")
-    commands = cluster["setup_commands"]
-    commands[commands.index(install)] = (
-        # What was copied there runs, not the repository that the environment points to.
-        f"ln -sfn {sys.prefix} ~/jenga-serve/.venv && "
-        "(grep -q PYTHONPATH ~/.bashrc || echo 'export PYTHONPATH=~/jenga-serve' >> ~/.bashrc)"
-    )
-    token = lab.folder / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    cluster["file_mounts"]["~/.ray/auth_token"] = str(token)
-    cluster_path = lab.folder / "cluster.yaml"
-    cluster_path.write_text(yaml.safe_dump(cluster))
-    return {"cluster": cluster_path, "serving": serving_path}
-
-
-def jenga(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The program as a user runs it, with state and Ray's files of its own."""
-    outside = lab.folder / "outside"
-    outside.mkdir(exist_ok=True)
-    return subprocess.run(
-        [str(Path(sys.executable).parent / "jenga"), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        env=os.environ
-        | {
-            "JENGA_STATE_DIR": str(outside / "run"),
-            "RAY_TMPDIR": str(outside),
-            "TMPDIR": str(outside),
-            "COLUMNS": "160",
-        },
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def cluster(lab: Lab, files: dict[str, Path]) -> Iterator[dict[str, Any]]:
-    begin = time.monotonic()
-    result = jenga(lab, "up", str(files["cluster"]), "--wait", "400")
-    print(result.stdout, result.stderr, f"jenga up took {time.monotonic() - begin:.0f} s")
-    assert result.returncode == 0, result.stdout + result.stderr
-    try:
-        yield {"output": result.stdout, **files}
-    finally:
-        jenga(lab, "down", str(files["cluster"]))
-
-
-def test_the_start_says_what_runs_where(cluster: dict[str, Any]) -> None:
+def test_the_start_says_what_runs_where(lab: Lab, cluster: dict[str, Any]) -> None:
     for shown in (
         "is right",
         "serving gemma3-recall",
         HEAD,
-        *WORKERS,
+        *lab.workers,
         f"http://{HEAD}:8000/v1",
         "jenga down",
         "ssh -i",
@@ -128,11 +41,11 @@ def test_engines_run_on_the_workers_and_not_on_the_head(lab: Lab, cluster: dict[
     assert told["application"] == "RUNNING"
     assert told["warnings"] == []
     nodes = {node["address"]: node for node in told["nodes"]}
-    assert {address for address, node in nodes.items() if node["state"] == "ALIVE"} == {HEAD, *WORKERS}
+    assert {address for address, node in nodes.items() if node["state"] == "ALIVE"} == {HEAD, *lab.workers}
     assert nodes[HEAD]["head"]
     assert "CPU" not in nodes[HEAD]["resources"]
     engines = [replica["node"] for replica in told["replicas"] if replica["deployment"].startswith("Engine:")]
-    assert sorted(engines) == WORKERS
+    assert sorted(engines) == lab.workers
     shown = jenga(lab, "status", str(cluster["cluster"]))
     assert shown.returncode == 0
     assert "warning" not in shown.stdout

@@ -27,7 +27,7 @@ def main() -> str:
     tests = [str(item) for item in sorted(ROOT.glob("tests/cluster/test_*.py"))] + [
         str(ROOT / "tests/cluster/live/proof.py")
     ]
-    inside = [sys.executable, "-m", "pytest", "-s", "--timeout=1200", *(sys.argv[1:] or tests)]
+    inside = [sys.executable, "-m", "pytest", "-s", "--timeout=2400", *(sys.argv[1:] or tests)]
     namespaces = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     os.chdir(ROOT)
     return os.execvp("unshare", ["unshare", *namespaces, "--", *inside])

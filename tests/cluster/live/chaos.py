@@ -1,0 +1,365 @@
+"""What happens when something breaks under steady load, on a real cluster of hosts made of namespaces.
+
+`make test-chaos` runs it, prints one row for each kind of trouble, and writes results/chaos.json; docs/cluster.md
+has the table.  `JENGA_CHAOS=WORDS,WORDS` runs the kinds that have such words in their name; one kind needs a
+`redis-server` on the path, and is left out where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from jenga.demo import recall
+from tests.cluster.live.lab import HEAD, MODEL, OUTSIDE, Lab, jenga
+from tests.cluster.live.load import Load, count
+
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = ROOT / "results" / "chaos.json"
+# One of them is a spare: two replicas, one for each worker.
+WORKERS = 3
+URL = f"http://{HEAD}:8000"
+RATE, STREAM_EVERY = 3.0, 2
+STEADY_S = 8.0
+GIVE_UP_S = 400.0
+SEQUENTIAL = 120
+REDIS_PORT = 6390
+WITH_REDIS = "head restarted, its state in Redis"
+
+
+Fault = Callable[["Site"], set[str]]
+
+
+@dataclass
+class Site:
+    """The cluster under test, seen from outside."""
+
+    lab: Lab
+    cluster: Path
+    serving: Path
+    redis: subprocess.Popen[bytes] | None = None
+    broken: list[str] = field(default_factory=list)
+    """Hosts without power or network."""
+
+    def deployments(self) -> dict[str, Any]:
+        """Serve's own word on the application; empty when nobody answers."""
+        ask = (
+            'curl -s -m 5 -H "Authorization: Bearer $(cat ~/.ray/auth_token)" '
+            "http://127.0.0.1:8265/api/serve/applications/"
+        )
+        try:
+            told = json.loads(self.lab.ssh("head", ask).stdout)
+            found: dict[str, Any] = told["applications"]["jenga"]["deployments"]
+        except (ValueError, KeyError):
+            return {}
+        return found
+
+    def replicas(self, found: dict[str, Any] | None = None) -> dict[str, tuple[str, str]]:
+        """Running replicas: deployment and address by id."""
+        return {
+            item["replica_id"]: (name, item["node_ip"])
+            for name, deployment in (self.deployments() if found is None else found).items()
+            for item in deployment["replicas"]
+            if item["state"] == "RUNNING"
+        }
+
+    def settled(self, gone: set[str]) -> bool:
+        """Whether every replica that should run does, none of those that are `gone` among them."""
+        found = self.deployments()
+        if not found or gone & self.replicas(found).keys():
+            return False
+        return all(
+            [each["state"] for each in item["replicas"]] == ["RUNNING"] * item["target_num_replicas"]
+            for item in found.values()
+        )
+
+    def host_of(self, deployment: str) -> str:
+        """Name of a host that runs a replica of a deployment, by the beginning of its name."""
+        addresses = sorted({ip for name, ip in self.replicas().values() if name.startswith(deployment)})
+        return next(host.name for host in self.lab.hosts.values() if host.address == addresses[0])
+
+    def on(self, host: str, deployment: str = "") -> set[str]:
+        """Running replicas of a host, by the beginning of their deployment's name."""
+        address = self.lab.hosts[host].address
+        return {id_ for id_, (name, ip) in self.replicas().items() if ip == address and name.startswith(deployment)}
+
+    def reports(self) -> dict[str, Any]:
+        """Each replica's last report of its memory."""
+        told = httpx.get(f"{URL}/memory/data", trust_env=False, timeout=30).json()
+        return {each["replica"]: each["report"] for each in told["replicas"]}
+
+    def pages_held(self) -> int:
+        """Small pages that requests hold although there are none, by reports made since now."""
+        idle, end = time.time() + 1, time.monotonic() + 40
+        while True:
+            found = self.reports()
+            if len(found) == 2 and all(report and report["time"] > idle for report in found.values()):
+                break
+            assert time.monotonic() < end, found
+            time.sleep(1)
+        return sum(group["live_pages"] for report in found.values() for group in report["memory"]["groups"])
+
+    def predictions(self) -> dict[str, float]:
+        """Requests by what became of the router's prediction, from the living replicas."""
+        living, found = self.reports().keys(), {"exact": 0.0, "over": 0.0, "under": 0.0}
+        for host in self.lab.hosts.values():
+            try:
+                text = httpx.get(f"http://{host.address}:8080/metrics", trust_env=False, timeout=10).text
+            except httpx.HTTPError:
+                continue
+            for line, value in re.findall(r"^ray_jenga_router_predictions_total\{(.*)\} ([\d.e+]+)$", text, re.M):
+                labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
+                if labels["replica"] in living:
+                    found[labels["outcome"]] += float(value)
+        return found
+
+    def exactness(self) -> tuple[int, int]:
+        """Of requests one after the other: predicted exactly, and predicted at all."""
+        time.sleep(12)  # what was sent before is counted by now
+        before = self.predictions()
+        for i in range(SEQUENTIAL):
+            question = recall.table(1000 + i * 7 % 8, 60).ask(i % 50, "?")
+            body = {"model": MODEL, "messages": question.messages, "max_tokens": 2, "temperature": 0}
+            httpx.post(f"{URL}/v1/chat/completions", json=body, trust_env=False, timeout=60).raise_for_status()
+        end = time.monotonic() + 40
+        while True:
+            after = self.predictions()
+            if sum(after.values()) - sum(before.values()) >= SEQUENTIAL or time.monotonic() > end:
+                return int(after["exact"] - before["exact"]), int(sum(after.values()) - sum(before.values()))
+            time.sleep(2)
+
+    def alive(self) -> set[str]:
+        """Addresses of the nodes that Ray counts as living."""
+        ask = (
+            'curl -s -m 5 -H "Authorization: Bearer $(cat ~/.ray/auth_token)" http://127.0.0.1:8265/nodes?view=summary'
+        )
+        try:
+            nodes = json.loads(self.lab.ssh("head", ask).stdout)["data"]["summary"]
+        except (ValueError, KeyError):
+            return set()
+        return {item["raylet"]["nodeManagerAddress"] for item in nodes if item["raylet"].get("state") == "ALIVE"}
+
+    def repair(self) -> float:
+        """Give broken hosts power and network, and wait until they are nodes again; seconds that this took."""
+        begin = time.monotonic()
+        for name in self.broken:
+            if self.lab.hosts[name].process.poll() is None:
+                self.lab.mend(name)
+            else:
+                self.lab.boot(name)
+        self.broken.clear()
+        every = {host.address for host in self.lab.hosts.values()}
+        while (alive := self.alive()) != every:
+            assert time.monotonic() - begin < GIVE_UP_S, (every, alive)
+            time.sleep(1)
+        return time.monotonic() - begin
+
+    def run(self, name: str, fault: Fault) -> dict[str, Any]:
+        """One row: `fault` breaks something and says which replicas are gone by that."""
+        load = Load(URL, MODEL, rate=RATE, stream_every=STREAM_EVERY)
+        try:
+            time.sleep(STEADY_S)
+            begin = time.monotonic()
+            gone = fault(self)
+            while not self.settled(gone):
+                assert time.monotonic() - begin < GIVE_UP_S, (name, gone, self.deployments())
+                time.sleep(0.5)
+            full = time.monotonic() - begin
+            time.sleep(STEADY_S)
+        finally:
+            outcomes = load.finish()
+            print(name, json.dumps(count(outcomes), indent=1), flush=True)
+        row = {**count(outcomes), "full_service_s": round(full, 1), "pages_held": self.pages_held()}
+        row["predictions_exact"], row["predictions"] = self.exactness()
+        row["machine_load"] = round(os.getloadavg()[1], 1)
+        print(name, json.dumps(row, indent=1), flush=True)
+        return row
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    """As the kernel does it when memory runs out."""
+    assert processes
+    for process in processes:
+        process.kill()
+
+
+def a_replica(site: Site) -> set[str]:
+    host = site.host_of("Engine:")
+    gone = site.on(host, "Engine:")
+    kill(site.lab.hosts[host].processes("ServeReplica:jenga:Engine"))
+    return gone
+
+
+def an_engine_core(site: Site) -> set[str]:
+    host = site.host_of("Engine:")
+    gone = site.on(host, "Engine:")
+    kill(site.lab.hosts[host].processes("VLLM::EngineCore"))
+    return gone
+
+
+def the_ingress(site: Site) -> set[str]:
+    gone = site.on("head", "Ingress")
+    kill(site.lab.hosts["head"].processes("ServeReplica:jenga:Ingress"))
+    return gone
+
+
+def a_worker(site: Site) -> set[str]:
+    host = site.host_of("Engine:")
+    gone = site.on(host)
+    site.lab.hosts[host].kill()
+    site.broken.append(host)
+    return gone
+
+
+def a_link(site: Site) -> set[str]:
+    host = site.host_of("Engine:")
+    gone = site.on(host)
+    site.lab.cut(host)
+    site.broken.append(host)
+    return gone
+
+
+def a_roll_out(site: Site) -> set[str]:
+    """No trouble, but a change: all replicas are others afterwards."""
+    gone = set(site.replicas())
+    serving = yaml.safe_load(site.serving.read_text())
+    serving["applications"][0]["args"]["engine"]["max_num_seqs"] += 1
+    site.serving.write_text(yaml.safe_dump(serving))
+    result = jenga(site.lab, "up", str(site.cluster), "--no-restart", "--wait", "400")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return gone
+
+
+def the_head(site: Site) -> set[str]:
+    """Its machine loses power and gets it back; the user runs `jenga up` again."""
+    gone = set(site.replicas())
+    site.lab.hosts["head"].kill()
+    site.lab.boot("head")
+    result = jenga(site.lab, "up", str(site.cluster), "--wait", "400")
+    print(result.stdout, result.stderr)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return gone
+
+
+def the_head_with_redis(site: Site) -> set[str]:
+    """The same where Ray keeps the cluster's state in a Redis: only what ran on the head is gone."""
+    gone = site.on("head")
+    assert the_head(site) > gone
+    return gone
+
+
+def keep_state_in_redis(site: Site) -> None:
+    """What docs/cluster.md says under *A head that may be lost*, and a start with it."""
+    password = secrets.token_hex(16)
+    options = ["--bind", OUTSIDE, "--port", str(REDIS_PORT), "--requirepass", password, "--save", ""]
+    site.redis = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL, cwd=site.lab.folder)
+    cluster = yaml.safe_load(site.cluster.read_text())
+    patience = "RAY_gcs_rpc_server_reconnect_timeout_s=600"
+    (head,) = [i for i, line in enumerate(cluster["head_start_ray_commands"]) if "ray start --head" in line]
+    cluster["head_start_ray_commands"][head] = cluster["head_start_ray_commands"][head].replace(
+        ".venv/bin/ray start --head",
+        f"RAY_REDIS_ADDRESS={OUTSIDE}:{REDIS_PORT} {patience} .venv/bin/ray start --head --redis-password={password}",
+    )
+    cluster["worker_start_ray_commands"] = [
+        line.replace("RAY_AUTH_MODE=token", f"RAY_AUTH_MODE=token {patience}")
+        for line in cluster["worker_start_ray_commands"]
+    ]
+    site.cluster.write_text(yaml.safe_dump(cluster))
+    result = jenga(site.lab, "up", str(site.cluster), "--wait", "400")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+TROUBLES: dict[str, Fault] = {
+    "replica killed": a_replica,
+    "engine core killed": an_engine_core,
+    "ingress killed": the_ingress,
+    "worker host killed": a_worker,
+    "link cut silently": a_link,
+    "new configuration": a_roll_out,
+    "head restarted": the_head,
+    WITH_REDIS: the_head_with_redis,
+}
+# Nobody is there to answer, or to keep a request.
+UNREACHABLE = ("head restarted", WITH_REDIS)
+CHOSEN = [
+    name
+    for name in TROUBLES
+    if any(words in name for words in os.environ.get("JENGA_CHAOS", "").split(","))
+    and (name != WITH_REDIS or shutil.which("redis-server"))
+]
+
+
+@pytest.fixture(scope="module")
+def site(lab: Lab, cluster: dict[str, Any]) -> Iterator[Site]:
+    made = Site(lab, cluster["cluster"], cluster["serving"])
+    yield made
+    if made.redis is not None:
+        made.redis.kill()
+
+
+COLUMNS = {
+    "requests": "requests",
+    "requests_failed": "failed",
+    "streams": "streams",
+    "streams_refused": "refused",
+    "streams_cut": "cut",
+    "longest_s": "longest answer, s",
+    "full_service_s": "full service, s",
+    "pages_held": "pages leaked",
+    "predictions_exact": "predicted exactly",
+    "machine_load": "machine's load",
+}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows as docs/cluster.md has them."""
+    lines = [["what", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
+    for name, row in rows.items():
+        exact = {"predictions_exact": f"{row['predictions_exact']} of {row['predictions']}"}
+        lines.append([name, *(f"{(row | exact)[key]}" for key in COLUMNS)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def save(name: str, row: dict[str, Any]) -> None:
+    """Put a row beside those of other runs."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    rows = known | {name: row}
+    rows = {each: rows[each] for each in TROUBLES if each in rows}
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows), flush=True)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_trouble(site: Site, name: str) -> None:
+    if name == WITH_REDIS:
+        keep_state_in_redis(site)
+    end = time.monotonic() + GIVE_UP_S
+    while not site.settled(set()):
+        assert time.monotonic() < end, site.deployments()
+        time.sleep(1)
+    row = site.run(name, TROUBLES[name])
+    if site.broken:
+        row["host_back_s"] = round(site.repair(), 1)
+    print(name, json.dumps(row, indent=1), flush=True)
+    save(name, row)
+    assert row["streams_cut_silently"] == 0
+    assert row["pages_held"] == 0
+    assert row["predictions"] == SEQUENTIAL
+    assert row["predictions_exact"] >= 0.999 * SEQUENTIAL
+    if name not in UNREACHABLE:
+        assert (row["requests_failed"], row["streams_refused"]) == (0, 0)
