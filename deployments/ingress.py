@@ -27,7 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments import memory_map
 from deployments.config import Auth, Limits
-from deployments.errors import error_body, error_response
+from deployments.errors import RETRY_AFTER_S, error_body, error_response
 from deployments.guard import TIME_IS_UP, Admitted, Guard, time_is_up
 from deployments.keys import attach
 from deployments.placement import prompt_of
@@ -381,7 +381,12 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
             return error_response(_NO_FORM, 400, code="invalid_form")
         except (EngineDeadError, RayActorError):
             logger.exception("a replica died under a request")
-            return error_response("The replica that had this request died; try again.", 503, code="engine_unavailable")
+            return error_response(
+                "The replica that had this request died; try again.",
+                503,
+                code="engine_unavailable",
+                headers={"Retry-After": str(RETRY_AFTER_S)},
+            )
         except TypeError:
             if _is_unicode(prompt_of(body)):
                 raise

@@ -14,15 +14,13 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.edge import Edge, bound_connections
-from deployments.errors import error_body, error_response
+from deployments.errors import RETRY_AFTER_S, error_body, error_response
 
 logger = logging.getLogger("ray.serve")
 
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy:middlewares"}
 """Variables of a Ray node whose proxy is to have this."""
 
-RETRY_AFTER_S = 5
-"""What a client is told to wait where nothing is left to try."""
 _PAUSE_S = 1.0
 """By then Ray knows which replica is dead."""
 _KEPT_BYTES = 16 << 20

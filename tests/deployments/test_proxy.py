@@ -11,6 +11,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from deployments import proxy
+from deployments.errors import RETRY_AFTER_S
 from deployments.proxy import SecondTry
 
 Behaviour = Callable[[Receive, Send], Awaitable[None]]
@@ -87,7 +88,7 @@ def test_two_dead_in_a_row_are_an_honest_503() -> None:
     got, asked = exchange(dies, dies)
     assert asked == 2
     assert got[0]["status"] == 503
-    assert dict(got[0]["headers"])[b"retry-after"] == str(proxy.RETRY_AFTER_S).encode()
+    assert dict(got[0]["headers"])[b"retry-after"] == str(RETRY_AFTER_S).encode()
     assert told(got[1])["code"] == "server_unavailable"
 
 
