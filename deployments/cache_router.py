@@ -17,10 +17,8 @@ from deployments import keys
 from deployments.events import EventFeed, Source
 from deployments.placement import KV_IN_USE
 from deployments.router_metrics import RouterMetrics
-from jenga.checkpoints import SharedPrefixes
 from jenga.hits import Hit
 from jenga.routing import BlockIndex
-from jenga.routing.expected import stored_by
 from jenga.routing.index import NO_HIT
 from jenga.routing.placement import Ledger, Prices, State, costs, rank
 from jenga.routing.slow_start import SlowStart
@@ -70,7 +68,6 @@ class CacheAwareRouter(RequestRouter):
         self._feed = EventFeed(BlockIndex())
         self._ledger: Ledger[ReplicaID] = Ledger()
         self._booked: dict[str, _Booked] = {}
-        self._shared: dict[ReplicaID, SharedPrefixes] = {}
         self._rng = random.Random()
         self._metrics = RouterMetrics(self._feed)
 
@@ -80,7 +77,6 @@ class CacheAwareRouter(RequestRouter):
         alive = {replica.replica_id: None for replica in replicas}
         self._ledger.keep(alive)
         self._slow_start.keep(alive)
-        self._shared = {id_: shared for id_, shared in self._shared.items() if id_ in alive}
         sources = {}
         for replica in replicas:
             source = Source.from_dict((replica.routing_stats or {}).get(KV_STREAM))
@@ -104,6 +100,9 @@ class CacheAwareRouter(RequestRouter):
         body = pending_request.args[0] if pending_request is not None and pending_request.args else None
         tokens = keys.token_ids(body)
         reason, order = "no tokens" if not tokens else "no index", None
+        if pending_request is not None and pending_request.metadata.multiplexed_model_id:
+            # Its blocks are named by the folder, too, to which a replica has downloaded it.
+            reason, tokens = "adapter", None
         try:
             order = self._place(tokens, states, body, pending_request) if tokens else None
         except Exception:
@@ -129,8 +128,10 @@ class CacheAwareRouter(RequestRouter):
     ) -> list[ReplicaID] | None:
         """Replicas in order of cost, the best one booked; None if no replica's cache is known."""
         request = None if pending_request is None else pending_request.metadata.internal_request_id
-        if request is not None and (before := self._booked.pop(request, None)) is not None:
-            self._settle(before.replica, request)  # asked again: what it left nowhere must not draw it there
+        if request is not None and self._booked.pop(request, None) is not None:
+            self._settle(request)  # asked again: what it left nowhere must not draw it there
+        for computed in self._feed.index.take_computed():
+            self._ledger.settle(computed)
         prompt = self._look_up(tokens, getattr(body, "cache_salt", None))
         if prompt is None:
             return None
@@ -148,13 +149,12 @@ class CacheAwareRouter(RequestRouter):
         request = pending_request.metadata.internal_request_id
         booked = self._booked.pop(request, None)
         if booked is not None and booked.replica != replica_id:
-            self._settle(booked.replica, request)
             self._book(request, replica_id, booked.prompt)
             del self._booked[request]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """The request is done, one way or another."""
-        self._settle(replica_id, internal_request_id)
+        self._settle(internal_request_id)
         self._booked.pop(internal_request_id, None)
 
     def _book(self, request: str, replica: ReplicaID, prompt: _Prompt) -> None:
@@ -164,20 +164,20 @@ class CacheAwareRouter(RequestRouter):
         """
         now = time.monotonic()
         while self._booked and now - (first := next(iter(self._booked.items())))[1].time > _GIVEN_UP_S:
-            self._settle(first[1].replica, first[0])
+            self._settle(first[0])
             del self._booked[first[0]]
         hit = prompt.hits.get(replica.unique_id, NO_HIT)
         self._booked[request] = _Booked(now, replica, prompt)
         self._ledger.add(replica, request, len(prompt.tokens) - hit.tokens)
         index = self._feed.index
-        index.settle(request)
         rule = index.rule(replica.unique_id)
         if rule is not None and (names := prompt.keys.get(rule.naming)) is not None:
-            shared = self._shared.setdefault(replica, SharedPrefixes())
-            index.expect(replica.unique_id, request, stored_by(rule, prompt.tokens, names, hit, shared))
+            index.book(replica.unique_id, request, prompt.tokens, names, hit)
+        else:
+            index.settle(request)
 
-    def _settle(self, replica: ReplicaID, request: str) -> None:
-        self._ledger.settle(replica, request)
+    def _settle(self, request: str) -> None:
+        self._ledger.settle(request)
         self._feed.index.settle(request)
 
     def _taking(self, states: Mapping[ReplicaID, State]) -> list[ReplicaID]:

@@ -15,7 +15,7 @@ The first two are what vLLM 0.32 keeps (and Marconi, MLSys'25, proposed).  Lengt
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jenga.hits import Hit
@@ -111,6 +111,17 @@ class SharedPrefixes:
         self._known.move_to_end(key)
         if len(self._known) > self._capacity:
             self._known.popitem(last=False)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._known
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """From the one seen longest ago to the latest."""
+        return iter(self._known)
+
+    def forget(self, key: Hashable) -> None:
+        """Nobody parted there.  An unknown one is no error."""
+        self._known.pop(key, None)
 
     def ends(self, keys: Sequence[Hashable], first: int = 0) -> list[int]:
         """The longest known prefixes of a prompt, as numbers of keys; ``keys[:first]`` are passed over."""

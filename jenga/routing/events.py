@@ -5,7 +5,7 @@ Only what an index needs is decoded.  Token ids, most of a batch's bytes, are sk
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class StreamHeader(msgspec.Struct):
 
     epoch: int
     rule: dict[str, Any] | None = None
+    junctions: list[BlockHash] = []
 
 
 class BlockStored(msgspec.Struct, tag=True):
@@ -49,12 +50,19 @@ class AllBlocksCleared(msgspec.Struct, tag=True):
     """Nothing is cached any more, in any group."""
 
 
-Event = BlockStored | BlockRemoved | AllBlocksCleared
+class JunctionsLearned(msgspec.Struct):
+    """Prefixes, each named by its last block, at whose end requests have parted: what a hit needs is kept there."""
+
+    block_hashes: list[BlockHash]
+
+
+WireEvent = BlockStored | BlockRemoved | AllBlocksCleared
+Event = WireEvent | JunctionsLearned
 
 
 class _WireBatch(msgspec.Struct, array_like=True):
     ts: float
-    events: list[Event]
+    events: list[WireEvent]
     data_parallel_rank: int | None = None
 
 
@@ -71,7 +79,7 @@ class Batch:
     """The engine process that sent it; None if that engine runs without Jenga's plugin."""
     rule: HitRule | None
     """Sent with the first batch of an epoch."""
-    events: list[Event]
+    events: Sequence[Event]
     rank: int | None
     """Data-parallel rank: each has a cache, sequence numbers and an address of its own."""
 
@@ -90,7 +98,8 @@ def decode(payload: bytes) -> Batch:
     if header is None:
         return Batch(wire.ts, None, None, wire.events, wire.data_parallel_rank)
     rule = None if header.rule is None else HitRule.from_dict(header.rule)
-    return Batch(wire.ts, header.epoch, rule, wire.events[1:], wire.data_parallel_rank)
+    events: list[Event] = [JunctionsLearned(header.junctions)] if header.junctions else []
+    return Batch(wire.ts, header.epoch, rule, [*events, *wire.events[1:]], wire.data_parallel_rank)
 
 
 def key_of(block_hash: BlockHash) -> int:
@@ -124,6 +133,8 @@ class Snapshot:
     """Number of the first batch that this does not contain yet."""
     rule: HitRule | None
     groups: tuple[GroupContents, ...]
+    junctions: tuple[int, ...] = ()
+    """Keys of `JunctionsLearned`, the one seen longest ago first."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the way between processes."""
@@ -135,6 +146,7 @@ class Snapshot:
                 {"blocks": group.blocks, "copies": [list(pair) for pair in group.copies.items()]}
                 for group in self.groups
             ],
+            "junctions": list(self.junctions),
         }
 
     @classmethod
@@ -153,12 +165,20 @@ class Snapshot:
                     GroupContents(list(group["blocks"]), {int(k): int(n) for k, n in group["copies"]})
                     for group in data["groups"]
                 ),
+                junctions=tuple(map(int, data.get("junctions", ()))),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"no snapshot: {type(error).__name__}: {error}") from error
 
     @classmethod
-    def of(cls, epoch: int, sequence: int, rule: HitRule | None, pages: Iterable[Iterable[BlockHash]]) -> Snapshot:
+    def of(
+        cls,
+        epoch: int,
+        sequence: int,
+        rule: HitRule | None,
+        pages: Iterable[Iterable[BlockHash]],
+        junctions: Iterable[BlockHash] = (),
+    ) -> Snapshot:
         """From the block hash of every cached page, by group; equal hashes are copies."""
         groups = []
         for hashes in pages:
@@ -167,4 +187,4 @@ class Snapshot:
                 key = key_of(block_hash)
                 counts[key] = counts.get(key, 0) + 1
             groups.append(GroupContents(list(counts), {key: n for key, n in counts.items() if n > 1}))
-        return cls(epoch, sequence, rule, tuple(groups))
+        return cls(epoch, sequence, rule, tuple(groups), tuple(map(key_of, junctions)))

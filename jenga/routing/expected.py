@@ -18,11 +18,9 @@ def stored_by(
     """By group, the keys of the pages that a prompt leaves for others where it resumes behind `hit`.
 
     `keys` are the `key_of` of the prompt's block hashes; `shared` are the prefixes at whose end requests to this
-    replica have parted, which learns from this one.  The lengths at which windows and states are kept are the engine's
-    own (`jenga.checkpoints`).
+    replica have parted, this one included.  The lengths at which windows and states are kept are the engine's own
+    (`jenga.checkpoints`).
     """
-    if hit.furthest > hit.tokens:
-        shared.learn(keys[hit.furthest // rule.hash_tokens - 1])
     hints = [blocks * rule.hash_tokens for blocks in shared.ends(keys)]
     if rule.turn_marks:
         hints += turn_starts(tokens, rule.turn_marks, rule.alignment)
@@ -44,6 +42,37 @@ def stored_by(
     return found
 
 
+class Junctions(SharedPrefixes):
+    """Prefixes at whose end requests to one replica have parted: those that its engine told of, and those that
+    requests on their way will teach it."""
+
+    def __init__(self, told: Iterable[int] = ()) -> None:
+        super().__init__()
+        self._teachers: dict[int, str] = {}
+        self._taught: dict[str, int] = {}
+        for key in told:
+            self.learn(key)
+
+    def tell(self, keys: Iterable[int]) -> None:
+        """The engine knows these."""
+        for key in keys:
+            self.learn(key)
+            self._teachers.pop(key, None)
+
+    def expect(self, request: str, key: int) -> None:
+        """`request` will teach the engine this one; of several requests the last counts."""
+        if key not in self or key in self._teachers:
+            self._teachers[key], self._taught[request] = request, key
+        self.learn(key)
+
+    def settle(self, request: str) -> None:
+        """`request` is done: what the engine has not told by now it has not learned."""
+        key = self._taught.pop(request, None)
+        if key is not None and self._teachers.get(key) == request:
+            del self._teachers[key]
+            self.forget(key)
+
+
 class Expected:
     """Pages that are not stored yet, by the requests that will store them.  A lane is a bit of the index.
 
@@ -55,6 +84,9 @@ class Expected:
         """Lanes by block, as in the index."""
         self._last: dict[int, dict[int, str]] = {}  # lane: block: request
         self._by_request: dict[str, list[tuple[int, list[int]]]] = {}
+        self._ends: dict[tuple[int, int], list[str]] = {}  # lane and block: requests whose prompts end with it
+        self._end_of: dict[str, tuple[int, int]] = {}
+        self._computed: list[str] = []
 
     def add(self, request: str, lane: int, keys: list[int]) -> None:
         """`request` will store these blocks."""
@@ -64,8 +96,23 @@ class Expected:
         self._last.setdefault(lane, {}).update(dict.fromkeys(keys, request))
         self._by_request.setdefault(request, []).append((lane, keys))
 
+    def ends_with(self, request: str, lane: int, key: int) -> None:
+        """This block is the last that `request` stores: then its prompt is computed (`take_computed`)."""
+        self._ends.setdefault((lane, key), []).append(request)
+        self._end_of[request] = lane, key
+
+    def take_computed(self) -> list[str]:
+        """Requests whose last block has been stored since the last call."""
+        computed, self._computed = self._computed, []
+        return computed
+
     def arrived(self, lane: int, keys: Iterable[int]) -> None:
         """These blocks are stored: what becomes of them is told by events."""
+        if self._ends:
+            for key in keys:
+                for request in self._ends.pop((lane, key), ()):
+                    del self._end_of[request]
+                    self._computed.append(request)
         if last := self._last.get(lane):
             for key in keys:
                 if last.pop(key, None) is not None:
@@ -73,6 +120,10 @@ class Expected:
 
     def settle(self, request: str) -> None:
         """`request` is done; what it has not stored by now does not come.  An unknown one is no error."""
+        if (end := self._end_of.pop(request, None)) is not None:
+            self._ends[end].remove(request)
+            if not self._ends[end]:
+                del self._ends[end]
         for lane, keys in self._by_request.pop(request, ()):
             last = self._last.get(lane, {})
             for key in keys:

@@ -15,8 +15,8 @@ from operator import itemgetter
 
 from jenga.hits import Hit
 from jenga.policies.pages import PageBits
-from jenga.routing.events import ON_DEVICE, BlockRemoved, BlockStored, Event, Snapshot, keys_of
-from jenga.routing.expected import Expected
+from jenga.routing.events import ON_DEVICE, BlockRemoved, BlockStored, Event, JunctionsLearned, Snapshot, keys_of
+from jenga.routing.expected import Expected, Junctions, stored_by
 from jenga.routing.rule import HitRule
 from jenga.routing.sequence import Sequencer
 
@@ -74,7 +74,7 @@ class IndexStats:
 class _Replica:
     """What is known of one replica's stream."""
 
-    __slots__ = ("broken", "copies", "epoch", "former", "lanes", "rule", "sequencer")
+    __slots__ = ("broken", "copies", "epoch", "former", "junctions", "lanes", "rule", "sequencer")
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -85,6 +85,7 @@ class _Replica:
         self.sequencer: Sequencer[tuple[Sequence[Event], HitRule | None]] = Sequencer()
         self.rule: HitRule | None = None
         self.broken = False
+        self.junctions = Junctions()
         self.clear()
 
     def clear(self) -> None:
@@ -136,6 +137,7 @@ class BlockIndex:
         self._sweeping = 0  # lanes that the sweep under way clears
         self._view: _View | None = None  # None: replicas, rules or lanes have changed
         self._expected = Expected()
+        self._taught: dict[str, Junctions] = {}  # by requests on their way, which teach them something
         self._batches = self._block_events = self._repeated = self._gaps = 0
         self._restarts = self._snapshots = self._inconsistent = 0
 
@@ -199,6 +201,7 @@ class BlockIndex:
         stream.broken = False
         if snapshot.rule is not None:
             self._set_rule(stream, snapshot.rule)
+        stream.junctions = Junctions(snapshot.junctions)
         for group, contents in enumerate(snapshot.groups):
             if contents.blocks:
                 self._store(contents.blocks, self._lane(stream, group), stream.copies.setdefault(group, {}), 1)
@@ -254,9 +257,35 @@ class BlockIndex:
                 lane = self._lane(stream, group)
                 self._expected.add(request, lane, [key for key in keys if not self._blocks.get(key, 0) & lane])
 
+    def book(self, replica: str, request: str, tokens: Sequence[int], keys: Sequence[int], hit: Hit) -> None:
+        """`request`, a prompt of `tokens` with the block `keys`, was sent to a replica where it will find `hit`.
+
+        What it will store counts until `settle`.  An unknown replica is no error.
+        """
+        self.settle(request)
+        stream = self._replicas.get(replica)
+        if stream is None or stream.rule is None or not stream.trusted:
+            return
+        rule = stream.rule
+        if hit.furthest > hit.tokens:
+            stream.junctions.expect(request, keys[hit.furthest // rule.hash_tokens - 1])
+            self._taught[request] = stream.junctions
+        self.expect(replica, request, stored_by(rule, tokens, keys, hit, stream.junctions))
+        dense = next((g for g, group in enumerate(rule.groups) if group.policy.token_pages), None)
+        if dense is not None:
+            scale = rule.groups[dense].page_tokens // rule.hash_tokens
+            if (pages := len(keys) // scale) > hit.tokens // rule.groups[dense].page_tokens:
+                self._expected.ends_with(request, self._lane(stream, dense), keys[pages * scale - 1])
+
     def settle(self, request: str) -> None:
         """`request` is done: nothing more comes of it."""
         self._expected.settle(request)
+        if (junctions := self._taught.pop(request, None)) is not None:
+            junctions.settle(request)
+
+    def take_computed(self) -> list[str]:
+        """Booked requests whose prompts have been computed since the last call, as far as events tell."""
+        return self._expected.take_computed()
 
     # -- questions ------------------------------------------------------------------------------------------
 
@@ -348,7 +377,8 @@ class BlockIndex:
                 if holders & lane:
                     yield from (key for _ in range(1 + copies.get(key, 0)))
 
-        return Snapshot.of(stream.epoch, stream.sequencer.due, stream.rule, map(pages, groups))
+        junctions = [key for key in stream.junctions if isinstance(key, int)]
+        return Snapshot.of(stream.epoch, stream.sequencer.due, stream.rule, map(pages, groups), junctions)
 
     def stats(self) -> IndexStats:
         """Size and totals."""
@@ -408,6 +438,8 @@ class BlockIndex:
                     if event.medium in (ON_DEVICE, None):
                         self._remove(stream, event.group_idx or 0, keys_of(event.block_hashes))
                         self._block_events += len(event.block_hashes)
+                elif isinstance(event, JunctionsLearned):
+                    stream.junctions.tell(keys_of(event.block_hashes))
                 else:
                     self._retire(stream)
                     stream.broken = False

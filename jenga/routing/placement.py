@@ -38,6 +38,8 @@ class Prices:
 
     request: what one request in progress costs another one (the share of its decoding in the steps of a prefill).
     compute: what each token to compute costs, beside 1 for each token that is computed before it.
+    behind: what each token to compute costs more for each request in progress on a replica, on average: the longer the
+        queues, the more wait for it, and the less capacity there is to spare.
     pressure: what each token to compute costs more where no KV memory is left (nothing up to `CROWDED`).
     store: what each token costs that some layers there have not stored yet, where as much was stored lately as on
         other replicas; more where more was, since the cache there forgets sooner.  A replica may have stored more than
@@ -48,6 +50,7 @@ class Prices:
 
     request: float = 32.0
     compute: float = 6.0
+    behind: float = 0.0
     pressure: float = 1.0
     store: float = 6.0
     slack: float = 16.0
@@ -67,22 +70,24 @@ class Ledger(Generic[Replica]):
     """Tokens of prompt that replicas still have to compute for requests sent by this router."""
 
     def __init__(self) -> None:
-        self._owed: dict[Replica, dict[str, int]] = {}
+        self._owed: dict[str, tuple[Replica, int]] = {}
         self._total: dict[Replica, int] = {}
         self._stored: dict[Replica, float] = {}
 
     def add(self, replica: Replica, request: str, tokens: int) -> None:
         """`request` was sent to `replica`, which must compute `tokens` of its prompt."""
-        self.settle(replica, request)
-        self._owed.setdefault(replica, {})[request] = tokens
+        self.settle(request)
+        self._owed[request] = replica, tokens
         self._total[replica] = self._total.get(replica, 0) + tokens
         self._stored[replica] = self._stored.get(replica, 0.0) + tokens
         if sum(self._stored.values()) > MEMORY * len(self._stored):
             self._stored = {each: tokens / 2 for each, tokens in self._stored.items()}
 
-    def settle(self, replica: Replica, request: str) -> None:
+    def settle(self, request: str) -> None:
         """`request` is done, or computes no prompt any more.  Unknown ones are no error."""
-        self._total[replica] = self._total.get(replica, 0) - self._owed.get(replica, {}).pop(request, 0)
+        replica, tokens = self._owed.pop(request, (None, 0))
+        if replica in self._total:
+            self._total[replica] -= tokens
 
     def owed(self, replica: Replica) -> int:
         """Tokens of prompt not known to be computed."""
@@ -94,10 +99,12 @@ class Ledger(Generic[Replica]):
 
     def keep(self, replicas: Mapping[Replica, object]) -> None:
         """Forget every other replica."""
-        for gone in self._total.keys() - replicas.keys():
-            self._owed.pop(gone, None)
-            self._stored.pop(gone, None)
-            del self._total[gone]
+        gone = self._total.keys() - replicas.keys()
+        if gone:
+            self._owed = {request: owed for request, owed in self._owed.items() if owed[0] not in gone}
+        for replica in gone:
+            self._stored.pop(replica, None)
+            del self._total[replica]
 
 
 def costs(
@@ -107,11 +114,12 @@ def costs(
     found = {}
     stored = {replica: ledger.stored(replica) for replica in states}
     mean = sum(stored.values()) / max(1, len(stored))
+    compute = prices.compute + prices.behind * sum(state.queue for state in states.values()) / max(1, len(states))
     for replica, state in states.items():
         hit = hits.get(replica, NOTHING)
         crowded = max(0.0, state.used - CROWDED) / (1 - CROWDED)
         found[replica] = (
-            (prompt - hit.tokens) * (prices.compute + prices.pressure * crowded)
+            (prompt - hit.tokens) * (compute + prices.pressure * crowded)
             + (prompt - hit.furthest) * prices.store * (stored[replica] / mean if mean else 1.0)
             + ledger.owed(replica)
             + prices.request * state.queue

@@ -73,10 +73,10 @@ class ByCost(Router):
         return chosen
 
     def first_token(self, request: int, replica: int) -> None:
-        self._ledger.settle(replica, str(request))
+        self._ledger.settle(str(request))
 
     def finished(self, request: int, replica: int) -> None:
-        self._ledger.settle(replica, str(request))
+        self._ledger.settle(str(request))
 
 
 class PowerOfTwo(Router):

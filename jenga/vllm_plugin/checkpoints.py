@@ -19,6 +19,9 @@ from jenga.vllm_plugin.config import CheckpointOptions
 
 logger = init_logger("vllm.jenga")
 
+MOST_TOLD = 4096
+"""Junctions that wait to be told of: as many as are remembered."""
+
 
 def options(config: VllmConfig) -> CheckpointOptions:
     """The options of an engine: its settings, and what its tokenizer says.
@@ -72,12 +75,22 @@ class Checkpoints:
         self.alignment = alignment
         self.hash_tokens = hash_tokens
         self.shared = SharedPrefixes()
+        self._learned: list[BlockHash] = []
         self.requests: dict[str, Kept] = {}
 
     def learn(self, hashes: Sequence[BlockHash], hit: Hit) -> None:
         """A lookup found that its prompt leaves an earlier one behind `hit.furthest`."""
         if hit.furthest > hit.tokens:
-            self.shared.learn(hashes[hit.furthest // self.hash_tokens - 1])
+            junction = hashes[hit.furthest // self.hash_tokens - 1]
+            if junction not in self.shared:
+                self._learned.append(junction)
+                del self._learned[:-MOST_TOLD]
+            self.shared.learn(junction)
+
+    def take_learned(self) -> list[BlockHash]:
+        """Prefixes learned since the last call, of which routers do not know yet."""
+        learned, self._learned = self._learned, []
+        return learned
 
     def of(self, request: Request, start: int | None = None) -> Kept:
         """What to keep of `request`; `start`, in tokens, is where it resumes while it is not admitted yet."""

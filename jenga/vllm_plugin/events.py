@@ -42,6 +42,7 @@ from vllm.v1.request import Request
 
 from jenga.routing import GroupRule, HitRule, Snapshot
 from jenga.vllm_plugin import settings
+from jenga.vllm_plugin.checkpoints import Checkpoints
 from jenga.vllm_plugin.config import JengaKVCacheConfig
 from jenga.vllm_plugin.groups import group_name, policy_of
 
@@ -81,10 +82,16 @@ class StreamPublisher(EventPublisher):
         """How this engine's cache is hit, None where nobody but vLLM knows."""
         return hit_rule(self._scheduler)  # not before it is asked for: the hash's root is set after the scheduler
 
+    @property
+    def _checkpoints(self) -> Checkpoints | None:
+        return getattr(self._scheduler.kv_cache_manager.coordinator, "checkpoints", None)
+
     def publish(self, events: EventBatch) -> None:
         header: dict[str, Any] = {"epoch": self.epoch}
         if self.sequence == 0 and self.rule is not None:
             header["rule"] = self.rule.to_dict()
+        if junctions := self._checkpoints.take_learned() if self._checkpoints else ():
+            header["junctions"] = [maybe_convert_block_hash(junction) for junction in junctions]
         if not self._contents:
             for event in events.events:
                 if isinstance(event, BlockStored):
@@ -245,7 +252,9 @@ def jenga_cache_snapshot(self: EngineCore) -> dict[str, Any] | None:
         for key, found in pool.cached_block_hash_to_block._cache.items():
             copies = len(found) if isinstance(found, dict) else 1
             pages[get_group_id(key)] += [get_block_hash(key)] * copies
-    return Snapshot.of(publisher.epoch, publisher.sequence, publisher.rule, pages).to_dict()
+    checkpoints = getattr(manager.coordinator, "checkpoints", None)
+    junctions = checkpoints.shared if checkpoints else ()
+    return Snapshot.of(publisher.epoch, publisher.sequence, publisher.rule, pages, junctions).to_dict()
 
 
 def _publisher(core: EngineCore) -> StreamPublisher | None:

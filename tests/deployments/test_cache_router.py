@@ -41,10 +41,10 @@ REPLICAS = [replica("one"), replica("two")]
 class Asked:
     """A request as Ray hands it to routers."""
 
-    def __init__(self, name: str, tokens: list[int] | None) -> None:
+    def __init__(self, name: str, tokens: list[int] | None, adapter: str = "") -> None:
         self.body = SimpleNamespace(kv_transfer_params=tokens and {keys.TOKEN_IDS: tokens}, cache_salt=None)
         self.args = [self.body]
-        self.metadata = SimpleNamespace(internal_request_id=name)
+        self.metadata = SimpleNamespace(internal_request_id=name, multiplexed_model_id=adapter)
         self.routing_context = SimpleNamespace(should_backoff=False)
 
     def placed(self, router: CacheAwareRouter) -> ReplicaID:
@@ -143,3 +143,17 @@ def test_a_new_replica_is_not_given_everything_at_once(router: CacheAwareRouter,
         router._replica_queue_len_cache.update(REPLICAS[1].replica_id, 1)
         sent.append(Asked("last", None).placed(router).unique_id)
         assert sent == ["two", "two", "two", "one"]
+
+
+def test_what_an_adapter_computed_is_nobody_elses(router: CacheAwareRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(router._metrics, "fallback", told.append)
+    tokens = list(range(1000))
+    adapted = Asked("adapted", tokens, adapter="model:adapter")
+    adapted.placed(router)
+    assert told == ["adapter"]
+    assert keys.PREDICTED not in adapted.body.kv_transfer_params
+    plain = Asked("plain", tokens)
+    plain.placed(router)
+    assert plain.promised == {"one": 0, "two": 0}
+    assert told == ["adapter"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 
+import msgspec
+
 from jenga.checkpoints import SharedPrefixes
 from jenga.hits import Hit
 from jenga.policies import FullAttention, RecurrentState, SlidingWindow
 from jenga.routing import BlockIndex, GroupRule, HitRule
-from jenga.routing.events import BlockRemoved, BlockStored
-from jenga.routing.expected import stored_by
+from jenga.routing.events import BlockRemoved, BlockStored, JunctionsLearned, Snapshot, decode
+from jenga.routing.expected import Junctions, stored_by
 
 MARK = 9
 RULE = HitRule(
@@ -110,6 +112,77 @@ def test_expected_equals_stored() -> None:
             tokens, keys = prompt(rng.randrange(SYSTEM, 1200), rng.randrange(3))
             found = hit(coming, keys, tokens)
             assert found == hit(there, keys, tokens)
+            if found.furthest > found.tokens:
+                shared.learn(keys[found.furthest // 16 - 1])
             pages = stored_by(RULE, tokens, keys, found, shared)
             coming.expect("r", str(number), pages)
             there.apply("r", 1, number + 1, stored(pages))
+
+
+def booked(made: BlockIndex, request: str, length: int, seed: int) -> Hit:
+    tokens, keys = prompt(length, seed)
+    found = hit(made, keys, tokens)
+    made.book("r", request, tokens, keys, found)
+    return found
+
+
+def test_where_requests_part_is_known_from_the_engine_and_guessed_meanwhile() -> None:
+    """A router that came late, or beside others, has not seen the requests that taught the engine."""
+    tokens, keys = prompt(1200, 0)
+    other = tokens[:640] + [7] * 500, keys[:40] + [9000 + i for i in range(31)]
+    for told in (False, True):
+        made = index("r")
+        events = [JunctionsLearned([keys[39]])] if told else []
+        made.apply("r", 1, 1, events)
+        booked(made, "a", 1200, 0)
+        assert hit(made, other[1], other[0]).tokens == (640 if told else SYSTEM), "a state is kept where others part"
+
+    made = index("r")
+    booked(made, "a", 1200, 0)
+    junctions = made._replicas["r"].junctions
+    found = hit(made, other[1], other[0])
+    assert found.furthest == 640
+    made.book("r", "b", *other, found)
+    assert keys[39] in junctions, "b will teach the engine"
+    made.book("r", "c", *other, found)
+    made.settle("b")
+    assert keys[39] in junctions, "or c"
+    made.settle("c")
+    assert keys[39] not in junctions, "the engine has not told of it"
+    made.book("r", "d", *other, found)
+    made.apply("r", 1, 1, [JunctionsLearned([keys[39]])])
+    made.settle("d")
+    assert keys[39] in junctions
+    assert made.contents("r").junctions == (keys[39],)
+    made.apply("r", 2, 0, [], RULE)
+    assert made.contents("r").junctions == (), "another engine process has to learn anew"
+
+
+def test_junctions_travel_in_headers_and_snapshots() -> None:
+    header = {"type": "BlockRemoved", "block_hashes": [], "medium": None, "stream": {"epoch": 1, "junctions": [5, 6]}}
+    batch = decode(msgspec.msgpack.encode([0.0, [header], 0]))
+    assert batch.events == [JunctionsLearned([5, 6])]
+    snapshot = Snapshot.of(1, 3, RULE, [[], [], []], [5, b"\0" * 31 + b"\7"])
+    assert Snapshot.from_dict(snapshot.to_dict()) == snapshot
+    assert snapshot.junctions == (5, 7)
+    made = index("r")
+    made.load("r", snapshot)
+    assert made.contents("r").junctions == (5, 7)
+    assert list(Junctions([1, 2])) == [1, 2]
+
+
+def test_a_prompt_is_computed_when_its_last_page_is_stored() -> None:
+    made = index("r")
+    tokens, keys = prompt(700, 0)
+    assert booked(made, "a", 700, 0).tokens == 0
+    booked(made, "ended", 700, 0)
+    made.settle("ended")
+    made.apply("r", 1, 1, [BlockStored(keys[:40], 0)])
+    assert made.take_computed() == [], "a chunk"
+    made.apply("r", 1, 2, [BlockStored(keys[40:], 1)])
+    assert made.take_computed() == [], "of windows alone"
+    made.apply("r", 1, 3, [BlockStored(keys[40:], 0)])
+    assert made.take_computed() == ["a"]
+    assert made.take_computed() == []
+    made.settle("a")
+    assert hit(made, keys, tokens).furthest == 688

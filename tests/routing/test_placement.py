@@ -26,7 +26,7 @@ def test_costs_by_hand() -> None:
     ledger: Ledger[str] = Ledger()
     ledger.add("b", "r1", 300)
     ledger.add("a", "r0", 100)
-    ledger.settle("a", "r0")  # done, but stored: as a third of b's, of the mean of 100 as 1
+    ledger.settle("r0")  # done, but stored: as a third of b's, of the mean of 100 as 1
     states = {"a": State(queue=2), "b": State(), "c": State(used=0.9), "d": State(used=1.0)}
     assert costs(1000, {"a": found(600), "d": found(900)}, states, ledger, PRICES) == pytest.approx(
         {"a": 400 + 200 + 64, "b": 1000 + 3 * 500 + 300, "c": 1000 * 1.5, "d": 100 * 2}
@@ -79,19 +79,22 @@ def test_nothing_to_choose_from() -> None:
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyz"), st.integers(0, 999), st.booleans())))
 def test_the_ledger_balances(steps: list[tuple[str, str, int, bool]]) -> None:
     ledger: Ledger[str] = Ledger()
-    model: dict[tuple[str, str], int] = {}
+    model: dict[str, tuple[str, int]] = {}
     for replica, request, tokens, adds in steps:
         if adds:
             ledger.add(replica, request, tokens)
-            model[replica, request] = tokens
+            model[request] = replica, tokens
         else:
-            ledger.settle(replica, request)
-            model.pop((replica, request), None)
+            ledger.settle(request)
+            model.pop(request, None)
         for r in "abc":
-            assert ledger.owed(r) == sum(n for (of, _), n in model.items() if of == r)
+            assert ledger.owed(r) == sum(n for of, n in model.values() if of == r)
     ledger.keep({"a": None})
     assert [ledger.owed(r) for r in "bc"] == [0, 0]
-    assert ledger.owed("a") == sum(n for (of, _), n in model.items() if of == "a")
+    assert ledger.owed("a") == sum(n for of, n in model.values() if of == "a")
+    for request in "xyz":
+        ledger.settle(request)
+    assert [ledger.owed(r) for r in "abc"] == [0, 0, 0]
 
 
 def test_new_prompts_go_where_little_was_stored_lately() -> None:
@@ -99,7 +102,7 @@ def test_new_prompts_go_where_little_was_stored_lately() -> None:
     states = {"full": State(), "fresh": State()}
     for number in range(2000):
         ledger.add("full", str(number), 1000)
-        ledger.settle("full", str(number))
+        ledger.settle(str(number))
     assert 0 < ledger.stored("full") <= 1_000_000, "what is long ago is forgotten"
     assert {best(100, {}, states, ledger) for _ in range(5)} == {"fresh"}
     ledger.keep({"fresh": None})
