@@ -342,7 +342,9 @@ def summary(
         "seconds": round(quiet),
         "preemptions": int(watched.total(PREEMPTED)),
         "ttft_ms": {
-            name: ttft(in_demand, name) for name in (None, "long", "short", "few again") if ttft(in_demand, name)
+            name or "all": wait
+            for name in (None, "long", "short", "few again")
+            if (wait := ttft(in_demand, name)) is not None
         },
         "afterwards": outcomes,
         "streams_followed_at_the_end": load.followed,
@@ -395,7 +397,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, run in results.items():
-        waits = [run["ttft_ms"].get(phase) for phase in (None, "long", "short")]
+        waits = [run["ttft_ms"].get(phase) for phase in ("all", "long", "short")]
         shown = ["-" if wait is None else f"{wait['p50']:,}/{wait['p99']:,}" for wait in waits]
         after = run["afterwards"]
         lines.append(
