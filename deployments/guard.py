@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
+from collections import Counter
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,8 @@ from deployments.quota import Quotas
 OPEN = ("/health",)
 """Paths that need no key."""
 _MEMORY = "/memory"
+_TENANTS_PART = 0.75
+"""Of `limits.requests`: what one tenant may have in progress, so that others find a place."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Guard:
         self._limits = limits
         self._keys = None if auth is None else LiveKeys(auth.keys_file, auth.keys_variable)
         self._quotas = Quotas()
-        self._running = self._held = 0
+        self._running: Counter[str | None] = Counter()
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -104,16 +109,22 @@ class Guard:
         """Hand a whole request on, unless there are too many."""
         if not counted:
             await self._app(scope, receive, send)
-        elif self._running >= self._limits.requests:
-            await overloaded(f"{self._limits.requests} requests are in progress (limits.requests)")(
-                scope, receive, send
-            )
+            return
+        key, most = scope["state"]["admitted"].key, self._limits.requests
+        tenant = key and key.tenant
+        if self._running.total() >= most:
+            refused = overloaded(f"{most} requests are in progress (limits.requests)")
+        elif tenant is not None and self._running[tenant] >= math.ceil(most * _TENANTS_PART):
+            refused = overloaded(f"{self._running[tenant]} requests of your tenant are in progress (limits.requests)")
         else:
-            self._running += 1
+            self._running[tenant] += 1
             try:
                 await self._app(scope, receive, send)
             finally:
-                self._running -= 1
+                self._running[tenant] -= 1
+                self._running += Counter()  # forgets tenants without requests
+            return
+        await refused(scope, receive, send)
 
     async def _read(self, scope: Scope, receive: Receive, parts: list[bytes]) -> Response | None:
         """Read the whole body into `parts`; the refusal of one that is too large, too slow or one too many.

@@ -229,3 +229,21 @@ async def test_a_body_that_comes_slowly_or_not_whole_holds_nothing(tmp_path: Pat
         refused = await http.post("/x", content=b'{"a": ' + b"[" * 100)
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "nested_too_deeply")
         assert (await http.post("/x", content="x" * 290)).status_code == 200
+
+
+@pytest.mark.asyncio
+async def test_one_tenant_leaves_places_for_others(tmp_path: Path) -> None:
+    ring, keys = KeyRing.new(), {}
+    for name in ("one", "other"):
+        ring, keys[name] = ring.add(name)
+    async with client(ring, tmp_path, requests=4) as http:
+
+        async def post(who: str) -> int:
+            got = await http.post("/x", content="x", headers=bearer(keys[who]) | {"x-wait": "0.3"})
+            return got.status_code
+
+        flood = [asyncio.create_task(post("one")) for _ in range(6)]
+        await asyncio.sleep(0.1)
+        assert await post("other") == 200
+        assert sorted(await asyncio.gather(*flood)) == [200] * 3 + [503] * 3
+        assert await post("one") == 200
