@@ -1,8 +1,8 @@
-"""Public models, scaled down to fit and to step quickly, with random weights.
+"""Public models with fewer layers and random weights.
 
-Heads, head sizes and states are those of the public configurations (`configs/models/`), and so are the proportions of
-layer types; hidden and intermediate sizes, experts, vocabularies and the number of layers are cut.  `small` cuts
-them further, to a few layers.
+A layer is as wide as the public one (heads, head sizes, states, hidden and intermediate sizes), so that a step's work
+outweighs what its launches cost, and the proportions of layer types are kept; layers, experts and vocabularies
+are cut.  `small` versions are narrow as well.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import processes
 from jenga import demo
 
 VOCABULARY = 4096
@@ -54,9 +55,9 @@ def llama(small: bool) -> dict[str, Any]:
     return _common(
         "LlamaForCausalLM",
         "llama",
-        hidden_size=512 if small else 2048,
-        intermediate_size=1024 if small else 4096,
-        num_hidden_layers=4 if small else 16,
+        hidden_size=512 if small else 4096,
+        intermediate_size=1024 if small else 14336,
+        num_hidden_layers=4 if small else 8,
         num_attention_heads=16 if small else 32,
         num_key_value_heads=8,
         head_dim=128,
@@ -66,12 +67,12 @@ def llama(small: bool) -> dict[str, Any]:
 
 def gemma3(small: bool) -> dict[str, Any]:
     """Gemma-3-27B: five layers with a window of 1,024 tokens, then a full one."""
-    layers = 12 if small else 30
+    layers = 12
     return _common(
         "Gemma3ForCausalLM",
         "gemma3_text",
-        hidden_size=512 if small else 2048,
-        intermediate_size=1024 if small else 4096,
+        hidden_size=512 if small else 5376,
+        intermediate_size=1024 if small else 21504,
         num_hidden_layers=layers,
         layer_types=["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)],
         num_attention_heads=16 if small else 32,
@@ -86,12 +87,12 @@ def gemma3(small: bool) -> dict[str, Any]:
 
 def gemma4(small: bool) -> dict[str, Any]:
     """Gemma-4-31B: heads of 256 behind windows of 1,024 tokens, of 512 (and fewer) in the full layers."""
-    layers = 6 if small else 30
+    layers = 6 if small else 12
     return _common(
         "Gemma4ForCausalLM",
         "gemma4_text",
-        hidden_size=512 if small else 2048,
-        intermediate_size=1024 if small else 4096,
+        hidden_size=512 if small else 5376,
+        intermediate_size=1024 if small else 21504,
         num_hidden_layers=layers,
         layer_types=["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)],
         num_attention_heads=8 if small else 32,
@@ -109,7 +110,7 @@ def gemma4(small: bool) -> dict[str, Any]:
 
 def gpt_oss(small: bool) -> dict[str, Any]:
     """gpt-oss-120b: windows of 128 tokens every other layer, attention sinks, experts (8 instead of 128)."""
-    layers = 4 if small else 18
+    layers = 4 if small else 12
     return _common(
         "GptOssForCausalLM",
         "gpt_oss",
@@ -132,9 +133,9 @@ def falcon_h1(small: bool) -> dict[str, Any]:
     return _common(
         "FalconH1ForCausalLM",
         "falcon_h1",
-        hidden_size=512 if small else 1280,
-        intermediate_size=1024 if small else 2560,
-        num_hidden_layers=4 if small else 18,
+        hidden_size=512 if small else 5120,
+        intermediate_size=1024 if small else 21504,
+        num_hidden_layers=4 if small else 12,
         num_attention_heads=8 if small else 20,
         num_key_value_heads=4,
         head_dim=128,
@@ -153,12 +154,12 @@ def falcon_h1(small: bool) -> dict[str, Any]:
 
 def nemotron_h(small: bool) -> dict[str, Any]:
     """Nemotron-H-8B: Mamba-2, MLP and attention as layers of their own."""
-    pattern = "M-M*-M-" if small else "M-M-M-M*-M-M-M-M-M*-M-M-"
+    pattern = "M-M*-M-" if small else "M-M-M-M*-M-M-"
     return _common(
         "NemotronHForCausalLM",
         "nemotron_h",
-        hidden_size=512 if small else 2048,
-        intermediate_size=1024 if small else 4096,
+        hidden_size=512 if small else 4096,
+        intermediate_size=1024 if small else 21504,
         hybrid_override_pattern=pattern,
         num_hidden_layers=len(pattern),
         num_attention_heads=8 if small else 32,
@@ -176,8 +177,8 @@ def nemotron_h(small: bool) -> dict[str, Any]:
 
 
 def qwen3_next(small: bool) -> dict[str, Any]:
-    """Qwen3-Next-80B: three gated DeltaNet layers, then a full one; 16 experts instead of 512."""
-    layers = 8 if small else 24
+    """Qwen3-Next-80B: three gated DeltaNet layers, then a full one; 64 experts instead of 512."""
+    layers = 8 if small else 12
     return _common(
         "Qwen3NextForCausalLM",
         "qwen3_next",
@@ -193,8 +194,8 @@ def qwen3_next(small: bool) -> dict[str, Any]:
         linear_key_head_dim=128,
         linear_value_head_dim=128,
         linear_conv_kernel_dim=4,
-        num_experts=4 if small else 16,
-        num_experts_per_tok=2 if small else 4,
+        num_experts=4 if small else 64,
+        num_experts_per_tok=2 if small else 10,
         moe_intermediate_size=256 if small else 512,
         shared_expert_intermediate_size=256 if small else 512,
         decoder_sparse_step=1,
@@ -203,14 +204,14 @@ def qwen3_next(small: bool) -> dict[str, Any]:
 
 
 def kimi_linear(small: bool) -> dict[str, Any]:
-    """Kimi-Linear-48B: three KDA layers, then MLA (latent 512 + 64); 16 experts instead of 256."""
-    layers = 8 if small else 16
+    """Kimi-Linear-48B: three KDA layers, then MLA (latent 512 + 64); 32 experts instead of 256."""
+    layers = 8 if small else 12
     full = [i for i in range(1, layers + 1) if i % 4 == 0 or i == layers]
     return _common(
         "KimiLinearForCausalLM",
         "kimi_linear",
         hidden_size=512 if small else 2304,
-        intermediate_size=1024 if small else 4608,
+        intermediate_size=1024 if small else 9216,
         num_hidden_layers=layers,
         num_attention_heads=8 if small else 32,
         num_key_value_heads=8 if small else 32,
@@ -221,8 +222,8 @@ def kimi_linear(small: bool) -> dict[str, Any]:
         qk_rope_head_dim=64,
         v_head_dim=128,
         mla_use_nope=True,
-        num_experts=4 if small else 16,
-        num_experts_per_token=2 if small else 4,
+        num_experts=4 if small else 32,
+        num_experts_per_token=2 if small else 8,
         num_shared_experts=1,
         moe_intermediate_size=256 if small else 1024,
         moe_renormalize=True,
@@ -265,13 +266,21 @@ MODELS = {
 }
 
 
+def _copy_demo(name: str, path: Path) -> None:
+    shutil.copytree(demo.make(name, path.parent / "demo"), path, dirs_exist_ok=True)
+
+
 def make(name: str, folder: Path, *, small: bool) -> Path:
     """Write the model's `config.json` into a folder of its own and return that; the weights come from `weights.py`."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / (f"{name}-small" if small else name)
     config = MODELS[name].config
     if config is None:
-        shutil.copytree(demo.make(name, folder / "demo"), path, dirs_exist_ok=True)
+        # In a process of its own: whoever has computed with CPU tensors cannot be forked any more.
+        ((_, words),) = processes.run([processes.Job(_copy_demo, (name, path), {}, folder / f"{name}.log", 60)])
+        if words:
+            raise RuntimeError(f"the demo model {name} was not made:\n{words}")
         return path
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(config(small), indent=1) + "\n")
     return path

@@ -160,16 +160,18 @@ async def main(given: Path, taken: Path) -> None:
         if os.environ["JENGA"] == "1":
             report = await engine.engine_core.call_utility_async("jenga_memory")
             result["managed"] = report is not None
-        warm_up = ["chat", 48] if spec["repeats"] else ["chat", 2]
-        for number, (name, *sizes) in enumerate([warm_up, *spec["workloads"]]):
-            for repeat in range(1 if number == 0 else spec["repeats"]):
+        # Kernels are compiled for sizes as they come: every workload runs once, smaller, before it counts.
+        warm_up = [(name, max(8, size // 4), *more) for name, size, *more in spec["workloads"]] or [("chat", 2)]
+        for number, (name, *sizes) in enumerate([*warm_up, *spec["workloads"]]):
+            counts = number >= len(warm_up)
+            for repeat in range(spec["repeats"] if counts else 1):
                 await engine.reset_prefix_cache()
                 seen.append(Seen())
                 made = build(name, sizes, repeat)
                 run = await load(engine, made, f"{number}-{repeat}", seen[-1])
                 if repeat == 0:
                     run["step_times"] = seen[-1].steps
-                if number:  # the first is for warming up
+                if counts:
                     result["runs"].append(run)
                     taken.write_text(json.dumps(result))
     finally:
@@ -179,7 +181,8 @@ async def main(given: Path, taken: Path) -> None:
 def build(name: str, sizes: list[Any], repeat: int) -> Workload:
     """A workload by name; every repeat asks something else."""
     if name == "mooncake":
-        return workloads.mooncake(Path(sizes[0]), *sizes[1:])
+        requests, path, longest = sizes
+        return workloads.mooncake(Path(path), requests, longest)
     return workloads.NAMES[name](100 + repeat, *sizes)
 
 

@@ -47,13 +47,13 @@ HYBRID = ("jenga", "stock", "stock, no caching")
 WINDOWS = ("jenga", "stock", "hybrid manager off")
 SHARING = (("agents", 240), ("conversations", 24))
 LOADS = [
-    Load("falcon-h1-34b", 4, (("chat", 360), *SHARING), HYBRID, running=96),
-    Load("gemma-3-27b", 8, (("chat", 360), ("documents", 40), *SHARING), WINDOWS, longest=16384),
-    Load("qwen3-next-80b", 2, (("chat", 400), *SHARING), HYBRID, running=96),
-    Load("llama-3.1-8b", 2, (("chat", 360), ("agents", 240)), ("jenga", "stock")),
-    Load("kimi-linear-48b", 2, (("chat", 400), *SHARING), HYBRID, running=96),
-    Load("nemotron-h-8b", 4, (("chat", 360), *SHARING), HYBRID, running=96),
-    Load("gpt-oss-120b", 1.5, (("chat", 400), ("documents", 40)), WINDOWS, longest=16384),
+    Load("falcon-h1-34b", 4, (("chat", 480), *SHARING), HYBRID, running=160),
+    Load("gemma-3-27b", 6, (("chat", 480), ("documents", 40), *SHARING), WINDOWS, longest=16384),
+    Load("qwen3-next-80b", 1.5, (("chat", 480), *SHARING), HYBRID, running=160),
+    Load("llama-3.1-8b", 1.5, (("chat", 480), ("agents", 240)), ("jenga", "stock")),
+    Load("kimi-linear-48b", 2, (("chat", 480), *SHARING), HYBRID, running=104),
+    Load("nemotron-h-8b", 2.5, (("chat", 480), *SHARING), HYBRID, running=100),
+    Load("gpt-oss-120b", 1, (("chat", 480), ("documents", 40)), WINDOWS, longest=16384),
 ]
 
 
