@@ -1,4 +1,4 @@
-"""How many replicas the requests in progress need, by the KV memory that they hold and by their waiting.
+"""How many replicas the requests need, by the KV memory that they hold, their waiting, and the rate at which they come.
 
 Pure, and nothing but the standard library is imported: Ray sends this module to its controller by value.
 """
@@ -17,12 +17,11 @@ KV_IN_USE, RESIDENT, WAITING = "jenga_kv_in_use", "jenga_resident", "jenga_waiti
 """What a replica reports: the part of its KV memory that live requests hold, requests that hold some, and requests
 that wait in its engine (preempted ones wait again)."""
 
-GROWTH = 2.0
-"""Most replicas that one replica's load can ask for, itself included.
+ADMITTED = "jenga_admitted"
+"""What it reports too: how often a request was admitted, in all."""
 
-Requests that wait in an engine stay there, so a backlog tells that more replicas are needed, not how many; while they
-start (minutes, on GPUs) it only grows.
-"""
+GROWTH = 4.0
+"""Most replicas that one replica's load can ask for, itself included: rates of few requests are rough."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Load:
     """Requests that hold KV memory."""
     waiting: float
     """Requests that wait for memory, for a place in the batch, or for a step with room for their prompt."""
+    arrivals: float = 1.0
+    """Requests that came for each one that was admitted; above 1 the queue grows."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,21 @@ class Target:
 def replicas_for(load: Load, target: Target) -> float:
     """How many replicas one replica's requests need, at most `GROWTH`.
 
-    It is as full as its memory is.  Requests that wait for something else than memory make it full too, since nothing
-    more can be taken in; and they will need what those that run need.
+    It is as full as its memory is; where requests wait it is full as well, whatever they wait for.  A queue's length
+    says nothing of how many replicas are needed: what waits in an engine stays there, and while others start (minutes,
+    on GPUs) it only grows.  The rate at which requests come, over that at which they are taken in, does.
     """
     waiting = load.waiting / max(load.resident, 1.0)
-    full = max(load.kv_in_use / target.kv_in_use, min(1.0, waiting / target.waiting))
-    return min(GROWTH, full * (1.0 + waiting))
+    full = max(load.kv_in_use, min(1.0, target.kv_in_use * waiting / target.waiting)) / target.kv_in_use
+    return min(GROWTH, full * max(1.0, load.arrivals))
+
+
+def arrivals(admitted: Sequence[float], waiting: Sequence[float]) -> float:
+    """Requests that came for each one that was admitted, from a replica's reports in order of time."""
+    if not admitted or not waiting:
+        return 1.0
+    taken = admitted[-1] - admitted[0]
+    return max(0.0, taken + waiting[-1] - waiting[0]) / max(1.0, taken)
 
 
 def wanted(loads: Sequence[Load], silent: int, present: int, target: Target) -> int:
@@ -91,10 +101,16 @@ class KvMemoryPolicy:
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """The number of replicas wanted, before Ray's delays and bounds, and no state."""
         told: Mapping[str, Mapping[Hashable, float]] = context.aggregated_metrics or {}
+        series: Mapping[str, Mapping[Hashable, Sequence[Any]]] = context.raw_metrics or {}
+
+        def values(name: str, replica: Hashable) -> list[float]:
+            return [point.value for point in series.get(name, {}).get(replica, ())]
+
         running = context.running_replicas
+        names = (KV_IN_USE, RESIDENT, WAITING)
         loads = [
-            Load(*(told[name][replica] for name in (KV_IN_USE, RESIDENT, WAITING)))
-            for replica in running
-            if all(replica in told.get(name, ()) for name in (KV_IN_USE, RESIDENT, WAITING))
+            Load(*(told[name][each] for name in names), arrivals(values(ADMITTED, each), values(WAITING, each)))
+            for each in running
+            if all(each in told.get(name, ()) for name in names)
         ]
         return wanted(loads, len(running) - len(loads), context.target_num_replicas, self._target), {}

@@ -14,7 +14,7 @@ from ray.serve.llm.deployment import LLMServer
 
 from deployments import autoscaling, keys
 from deployments.cache_router import KV_STREAM
-from deployments.events import SnapshotServer, Source
+from deployments.events import Resting, SnapshotServer, Source
 from deployments.failures import in_our_terms, root_cause
 from deployments.memory_map import MemoryWatch
 from deployments.metrics import Exporter
@@ -47,6 +47,7 @@ class JengaServer(LLMServer):
 
     _kv_in_use = 0.0
     _kv_stream: dict[str, Any] | None = None
+    _resting: Resting
     _snapshots = ""
     _report: dict[str, Any] | None = None
     _load: dict[str, float] | None = None
@@ -75,6 +76,7 @@ class JengaServer(LLMServer):
         self._metrics = asyncio.create_task(self._export_metrics())
         self._watch = asyncio.create_task(self._end_with_the_engine())
         if self._llm_config.engine_kwargs.get("kv_events_config"):
+            self._resting = Resting()
             self._snapshots = SnapshotServer(self._snapshot).start(ray.util.get_node_ip_address())
             await self._locate_stream()
             self._compare_predictions()
@@ -127,8 +129,8 @@ class JengaServer(LLMServer):
             stream = None
         self._kv_stream = (
             stream
-            and Source(
-                stream["events"], stream["replay"], self._snapshots, stream["epoch"], stream["sequence"]
+            and self._resting.told(
+                Source(stream["events"], stream["replay"], self._snapshots, stream["epoch"], stream["sequence"])
             ).to_dict()
         )
 
@@ -162,6 +164,7 @@ class JengaServer(LLMServer):
             autoscaling.KV_IN_USE: in_use,
             autoscaling.RESIDENT: report.requests.resident,
             autoscaling.WAITING: report.requests.waiting,
+            autoscaling.ADMITTED: report.hits.requests,
         }
         # In steps, because every change is sent to every router.
         self._kv_in_use = round(in_use * _STEPS) / _STEPS

@@ -161,9 +161,19 @@ class Simulation:
         return len(self._waiting) + len(self._running)
 
     @property
+    def waiting(self) -> int:
+        """Requests of `queue` that do not run, preempted ones included."""
+        return len(self._waiting)
+
+    @property
     def used(self) -> float:
         """Part of the large pages that live requests hold, 0 to 1."""
         return 1 - self.cache.pool.available / self._all_pages
+
+    @property
+    def preemptions(self) -> int:
+        """Requests preempted so far."""
+        return self._preemptions
 
     @property
     def busy_s(self) -> float:
