@@ -152,6 +152,7 @@ def router_kwargs(config: Serving) -> dict[str, Any]:
             "hash_algorithm": config.engine.extra.get("prefix_caching_hash_algo", "sha256"),
             "request": router.request_price,
             "compute": router.compute_price,
+            "behind": router.behind_price,
             "store": router.store_price,
             "pressure": router.pressure_price,
             "slack": router.slack,

@@ -241,8 +241,9 @@ class Router(Section):
 
     policy: Literal["cache-aware", "prefix-affinity", "least-loaded"] = "cache-aware"
     request_price: float = Field(32, ge=0, description="prompt tokens that a request in progress costs another one")
-    compute_price: float = Field(6, ge=0, description="price of a prompt token to compute; 1 is one to wait for")
-    store_price: float = Field(6, ge=0, description="price of a prompt token that is not stored there in part yet")
+    compute_price: float = Field(1, ge=0, description="price of a prompt token to compute; 1 is one to wait for")
+    behind_price: float = Field(1, ge=0, description="what it costs more for each request in progress on a replica")
+    store_price: float = Field(0.5, ge=0, description="share of that price for a token that is not stored there yet")
     pressure_price: float = Field(1, ge=0, description="share by which full KV memory makes a request dearer")
     slack: float = Field(16, ge=0, description="prompt tokens within which replicas are equally good")
     slow_start_s: float = Field(30, ge=0, description="seconds over which a new replica takes up its share of the load")

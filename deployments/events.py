@@ -51,7 +51,7 @@ class Source:
     epoch: int
     """The engine process; another one has another cache."""
     sequence: int
-    """Number of the next batch, when this was written."""
+    """Number of the next batch, when the stream rested last."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a replica's routing statistics."""
@@ -66,6 +66,24 @@ class Source:
             return cls(**data)
         except TypeError:
             return None
+
+
+class Resting:
+    """Tells how far a stream is when it rests, since every change is sent to every router.
+
+    While batches come, each tells of those before it; only the loss of the last one needs to be told.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Source | None = None
+        self._told: Source | None = None
+
+    def told(self, now: Source) -> Source:
+        """The stream as it is, or as it was told last while it runs on."""
+        if self._told is None or self._seen == now or self._told.epoch != now.epoch:
+            self._told = now
+        self._seen = now
+        return self._told
 
 
 class SnapshotServer:

@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentBroadcastResponse
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from deployments.ray_private import private
 from jenga.metrics.engine import PERIOD
 from jenga.metrics.map import DATA_VERSION, MemoryMap
 from jenga.vllm_plugin.asking import unknown_to_core
@@ -256,7 +257,7 @@ async def _answers(asked: DeploymentBroadcastResponse, limit_s: float, *, first:
     """
     try:
         async with asyncio.timeout(limit_s):
-            results = await asked._fetch_replica_results_async()
+            results = await private(asked, "_fetch_replica_results_async", "the memory map")()
     except DeploymentUnavailableError as error:
         logger.debug("no replica told of its memory: %s", error)
         return [], 0

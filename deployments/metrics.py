@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
+from deployments.ray_private import RayChangedError, private
 from jenga.metrics import export
 from jenga.metrics.definitions import Metric
+
+logger = logging.getLogger("ray.serve")
+
+
+@cache
+def _complain_once(message: str) -> None:
+    logger.error("%s; until then it is absent before its first event", message)
 
 
 class Exporter(export.Exporter):
@@ -21,7 +30,7 @@ class Exporter(export.Exporter):
     """
 
     def __init__(self, labels: tuple[str, ...] = (), ray: Any = None) -> None:
-        super().__init__(logging.getLogger("ray.serve"))
+        super().__init__(logger)
         if ray is None:
             from ray.serve import metrics as ray
         self._ray = ray
@@ -58,7 +67,10 @@ class _Series:
             self._metric.inc(amount, tags=self._tags)
         else:
             # Ray's counters refuse 0, but without it they would be absent until the first event.
-            self._metric._record(0, tags=self._tags)
+            try:
+                private(self._metric, "_record", "a counter that starts at 0")(0, tags=self._tags)
+            except RayChangedError as error:  # metrics must not hurt serving
+                _complain_once(str(error))
 
     def observe(self, value: float) -> None:
         self._metric.observe(value, tags=self._tags)

@@ -111,7 +111,7 @@ GROUP_OR_POOL = Label("group", f"a layer group of the model, or {POOL}", limit=M
 EVICTION_BUCKETS = tuple(4.0**n for n in range(-2, 7))
 """Seconds, 1/16 to 4,096; powers of four, so that the allocator finds a bucket without a search."""
 CHECKPOINT_CAUSES = ("evicted", "overwritten", "replaced", "reset")
-FALLBACKS = ("no tokens", "no index", "index failed")
+FALLBACKS = ("no tokens", "no index", "index failed", "adapter")
 REPAIRS = ("gap", "replay", "snapshot", "restart")
 OUTCOMES = ("exact", "over", "under")
 

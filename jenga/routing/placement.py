@@ -2,7 +2,7 @@
 
 Pure Python without Ray.  All costs are in tokens of prompt to compute, the one unit that engines of every speed share:
 
-- what is not cached there and must be computed, several times over: it keeps waiting all who come later, not one;
+- what is not cached there and must be computed: this request waits for it, and so do all in progress beside it;
 - what is not stored there at all: it takes the place of something that others could find;
 - what this router has sent there before and is not finished (`Ledger`): it is computed first;
 - a fixed price for each request in progress, whose decoding shares the steps;
@@ -37,22 +37,23 @@ class Prices:
     """Constants of the placement, in tokens of prompt.
 
     request: what one request in progress costs another one (the share of its decoding in the steps of a prefill).
-    compute: what each token to compute costs, beside 1 for each token that is computed before it.
-    behind: what each token to compute costs more for each request in progress on a replica, on average: the longer the
-        queues, the more wait for it, and the less capacity there is to spare.
+    compute: what each token to compute costs this request; 1 is the price of one that is computed before it.
+    behind: what it costs beyond that for each request in progress on a replica, on average: as many wait for it.  Idle
+        replicas are used although they must compute a prompt anew; busy ones keep to what they have.
     pressure: what each token to compute costs more where no KV memory is left (nothing up to `CROWDED`).
-    store: what each token costs that some layers there have not stored yet, where as much was stored lately as on
-        other replicas; more where more was, since the cache there forgets sooner.  A replica may have stored more than
+    store: what each token costs that some layers there have not stored yet, as a part of what computing it costs (it
+        takes the place of one that will have to be computed again), where as much was stored lately as on other
+        replicas; more where more was, since the cache there forgets sooner.  A replica may have stored more than
         it can resume (`jenga.hits.Hit.furthest`: the attention pages are there, the state is not).  Computed there,
         those tokens take no new memory and leave the missing state, so the next request with that prefix finds both.
     slack: replicas this close to the cheapest are as good: among them the least loaded is taken.
     """
 
     request: float = 32.0
-    compute: float = 6.0
-    behind: float = 0.0
+    compute: float = 1.0
+    behind: float = 1.0
     pressure: float = 1.0
-    store: float = 6.0
+    store: float = 0.5
     slack: float = 16.0
 
 
@@ -120,7 +121,7 @@ def costs(
         crowded = max(0.0, state.used - CROWDED) / (1 - CROWDED)
         found[replica] = (
             (prompt - hit.tokens) * (compute + prices.pressure * crowded)
-            + (prompt - hit.furthest) * prices.store * (stored[replica] / mean if mean else 1.0)
+            + (prompt - hit.furthest) * prices.store * compute * (stored[replica] / mean if mean else 1.0)
             + ledger.owed(replica)
             + prices.request * state.queue
         )

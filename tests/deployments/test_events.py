@@ -18,7 +18,7 @@ import pytest
 import zmq.asyncio
 from vllm.distributed.kv_events import BlockRemoved, KVEventBatch, ZmqEventPublisher
 
-from deployments.events import EventFeed, Source
+from deployments.events import EventFeed, Resting, Source
 from jenga.policies import FullAttention
 from jenga.routing import BlockIndex, GroupRule, HitRule, Snapshot
 from jenga.vllm_plugin.events import PlacedBlockStored, StreamHeader
@@ -252,3 +252,24 @@ def test_statistics_carry_sources_and_nothing_else() -> None:
     assert Source.from_dict(source.to_dict()) == source
     assert Source.from_dict(None) is None
     assert Source.from_dict({"events": "x"}) is None
+
+
+def test_how_far_a_stream_is_is_told_when_it_rests() -> None:
+    """Each change is sent to every router; while batches come, each tells of those before it."""
+
+    def at(sequence: int, epoch: int = 1) -> Source:
+        return Source("events", "replay", "snapshots", epoch, sequence)
+
+    resting = Resting()
+    seen = [at(0), at(5), at(9), at(9), at(9), at(12), at(3, epoch=2), at(7, epoch=2), at(7, epoch=2)]
+    assert [(told.epoch, told.sequence) for told in map(resting.told, seen)] == [
+        (1, 0),
+        (1, 0),
+        (1, 0),
+        (1, 9),
+        (1, 9),
+        (1, 9),
+        (2, 3),
+        (2, 3),
+        (2, 7),
+    ]

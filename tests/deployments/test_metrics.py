@@ -13,6 +13,7 @@ from ray.serve import metrics as ray_metrics
 
 from deployments.events import EventFeed, Source
 from deployments.metrics import Exporter
+from deployments.ray_private import RayChangedError, private
 from deployments.router_metrics import Predictions, RouterMetrics
 from jenga.metrics import Observed, Sample
 from jenga.metrics.definitions import METRICS, REGISTRY
@@ -183,3 +184,24 @@ def test_predictions_are_compared(ray: FakeRay) -> None:
     assert ray.values["jenga_router_actual_tokens_total", (model,)] == 112
     assert ray.observed["jenga_router_prediction_error_tokens", (model, ("sign", "over"))] == [64]
     assert ray.observed["jenga_router_prediction_error_tokens", (model, ("sign", "under"))] == [0, 0, 16]
+
+
+def test_without_rays_private_names_it_is_said_once_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    class Counter:
+        def __init__(self, name: str, **_: Any) -> None:
+            self.name = name
+
+        def inc(self, amount: float, tags: dict[str, str]) -> None:
+            told.append(amount)
+
+    told: list[float] = []
+    exporter = Exporter(ray=SimpleNamespace(Counter=Counter, Gauge=None, Histogram=None))
+    metric = REGISTRY["jenga_router_fallbacks_total"]
+    fallbacks = [exporter.series(metric, {"reason": reason}) for reason in ("no index", "adapter")]
+    complaints = [record.getMessage() for record in caplog.records]
+    assert len(complaints) == 1
+    assert "Counter._record, which a counter that starts at 0 needs: install Ray 2.60" in complaints[0]
+    fallbacks[0].inc(2)
+    assert told == [2]
+    with pytest.raises(RayChangedError, match=r"no builtins\.object\._fetch, which the memory map needs"):
+        private(object(), "_fetch", "the memory map")

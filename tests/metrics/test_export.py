@@ -84,7 +84,7 @@ def test_an_engine_that_restarts_adds_to_its_histogram(registry: CollectorRegist
         (Metric("jenga_new_pages", "gauge", "pages", "x", "x"), {}, "not in the table"),
         (PAGES, {}, "has the labels"),
         (PAGES, {"group": "a", "request": "1"}, "has the labels"),
-        (FALLBACKS, {"reason": "bad luck"}, "none of no tokens, no index, index failed"),
+        (FALLBACKS, {"reason": "bad luck"}, "none of no tokens, no index, index failed, adapter"),
     ],
 )
 def test_what_is_not_defined_is_refused(

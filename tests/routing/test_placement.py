@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jenga.hits import Hit
 from jenga.routing.placement import NOTHING, Ledger, Prices, State, costs, rank
 
-PRICES = Prices(request=32, compute=1, pressure=1, store=0.5, slack=16)
+PRICES = Prices(request=32, compute=1, behind=0, pressure=1, store=0.5, slack=16)
 
 
 def found(tokens: int, furthest: int | None = None) -> Hit:
@@ -107,3 +107,16 @@ def test_new_prompts_go_where_little_was_stored_lately() -> None:
     assert {best(100, {}, states, ledger) for _ in range(5)} == {"fresh"}
     ledger.keep({"fresh": None})
     assert ledger.stored("full") == 0
+
+
+def test_idle_replicas_are_used_and_busy_ones_keep_to_what_they_have() -> None:
+    prices = Prices(request=0, compute=1, behind=1, store=0.5)
+    hits = {"has": found(1000)}
+    ledger: Ledger[str] = Ledger()
+    ledger.add("has", "r", 2000)
+
+    def chosen(queue: int) -> str:
+        states = {"has": State(queue=queue), "lacks": State(queue=queue)}
+        return rank(costs(1000, hits, states, ledger, prices), states, prices, random.Random(1))[0]
+
+    assert [chosen(queue) for queue in (0, 4)] == ["lacks", "has"]
