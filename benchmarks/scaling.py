@@ -68,7 +68,7 @@ class Kind:
     answer: int
 
 
-SHORT, LONG, TALK = Kind(64, 128), Kind(2000, 160), Kind(64, 1800)
+SHORT, LONG, TALK = Kind(64, 128), Kind(2000, 160), Kind(64, 2400)
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class Plan:
     most: int
     rest_s: float
     """Longest wait at the end for the last replica but one to go."""
+    patient_s: float = 0.0
+    """Longest wait, once the long prompts' time is over, for all replicas to run."""
 
 
 FULL = Plan(
@@ -104,10 +106,11 @@ FULL = Plan(
     rest_s=90,
 )
 SMALL = Plan(
-    (Phase("few", 2, SHORT, 5), Phase("long", 7, LONG, 75), Phase("few again", 2, SHORT, 10)),
+    (Phase("few", 2, SHORT, 5), Phase("long", 7, LONG, 45), Phase("few again", 2, SHORT, 10)),
     talkers=2,
     most=2,
     rest_s=90,
+    patient_s=200,
 )
 
 
@@ -206,9 +209,9 @@ class Load:
         asked.end = self.now
         return asked
 
-    async def user(self, phase: Phase, until: float) -> None:
+    async def user(self, phase: Phase, over: asyncio.Event) -> None:
         """Ask again and again; the last answer is waited for."""
-        while self.now < until:
+        while not over.is_set():
             await self.ask(phase.name, phase.kind)
             await asyncio.sleep(0.2)
 
@@ -262,10 +265,17 @@ async def drive(record: Record, plan: Plan, console: Console) -> dict[str, Any]:
         for phase in plan.phases:
             marks.append((load.now, phase.name))
             console.print(f"  {load.now:4.0f} s: {phase.users} users, prompts of {phase.kind.prompt} tokens")
-            users = [asyncio.create_task(load.user(phase, load.now + phase.seconds)) for _ in range(phase.users)]
+            over = asyncio.Event()
+            users = [asyncio.create_task(load.user(phase, over)) for _ in range(phase.users)]
+            await asyncio.sleep(phase.seconds)
             if phase.kind is LONG:
-                await asyncio.sleep(phase.seconds - 3)
+                latest = load.now + plan.patient_s
+                while load.now < latest and watched.running[-1] < plan.most:
+                    await asyncio.sleep(0.5)
+                # They are spread over all replicas, and outlast the phase.
                 talkers += [asyncio.create_task(load.ask("talk", TALK)) for _ in range(plan.talkers)]
+                await asyncio.sleep(3)
+            over.set()
             await asyncio.gather(*users)
         last, until = plan.phases[-1], load.now + plan.rest_s
         while load.now < until and (watched.running[-1] > 1 or watched.paid[-1] > 1):
