@@ -333,7 +333,7 @@ async def test_a_report_that_fails_is_asked_for_again_and_an_old_one_is_known_as
     monkeypatch.setattr(engine, "logger", logging.getLogger("engine"))
     replica: Any = object.__new__(engine.JengaServer)
     replica.engine = SimpleNamespace(_engine_client=SimpleNamespace(engine_core=EngineCore()))
-    replica._llm_config = SimpleNamespace(model_id="m")
+    replica._llm_config = SimpleNamespace(model_id="m", deployment_config={})
     replica._memory_watch = memory_map.MemoryWatch(replica._ask_core, "r1", "m")
     assert (await replica.memory(None, None))["report_age_s"] is None
     answers.append(None)  # would be vLLM's own manager: the end
