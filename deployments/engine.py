@@ -12,7 +12,7 @@ import ray
 from ray import serve
 from ray.serve.llm.deployment import LLMServer
 
-from deployments import autoscaling, keys
+from deployments import autoscaling, keys, logs
 from deployments.cache_router import KV_STREAM
 from deployments.events import Resting, SnapshotServer, Source
 from deployments.failures import in_our_terms, root_cause
@@ -59,7 +59,8 @@ class JengaServer(LLMServer):
         # vLLM's event publisher listens on this address; by itself it would look for one that reaches the internet.
         os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address())
         try:
-            await super().start()
+            with logs.kept_open():
+                await super().start()
         except Exception as error:
             logger.exception("the engine did not start")
             reason = _reason_in(log, begin) or root_cause(str(error).splitlines()) or str(error)

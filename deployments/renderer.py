@@ -16,6 +16,8 @@ from vllm.renderers.chat_utils import has_non_text_content, load_chat_template
 from vllm.renderers.inputs.preprocess import extract_prompt_components
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from deployments import logs
+
 
 class PromptRenderer:
     """One model's renderer, set up as its engines set up theirs."""
@@ -26,7 +28,8 @@ class PromptRenderer:
         Raises whatever vLLM raises where the model's files cannot be read.
         """
         engine = config.get_engine_config()
-        _, vllm_config = _get_vllm_engine_config(config, device_type="cpu")
+        with logs.kept_open():
+            _, vllm_config = _get_vllm_engine_config(config, device_type="cpu")
         front = FrontendArgs(**engine.frontend_kwargs)
         self._model = vllm_config.model_config
         self._renderer = OnlineRenderer(
