@@ -1,9 +1,15 @@
 """Our settings in Ray's and vLLM's form."""
 
+import asyncio
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve.llm.deployment import LLMServer
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments.app import build, engine_kwargs, environment, llm_config
 from deployments.config import ConfigError, Serving, parse_serving
@@ -94,3 +100,14 @@ def test_prompts_are_counted_whatever_the_router_needs(tmp_path: Path) -> None:
     for limits, counted in (({}, False), ({"prompt_tokens": 5}, True)):
         bound = build(args | {"limits": limits})._bound_deployment.init_kwargs
         assert (bool(bound["tokenise"]), bound["tell_tokens"]) == (counted, False)
+
+
+def test_a_dead_engine_is_told_in_words_that_any_process_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def dead(self: LLMServer) -> None:
+        raise EngineDeadError
+
+    monkeypatch.setattr(LLMServer, "check_health", dead)
+    with pytest.raises(RuntimeError, match="EngineDeadError") as told:
+        asyncio.run(JengaServer.check_health(object.__new__(JengaServer)))
+    needs = "import pickle, sys; pickle.load(sys.stdin.buffer); assert not {'vllm', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", needs], input=pickle.dumps(told.value), check=True)
