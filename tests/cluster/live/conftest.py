@@ -72,7 +72,7 @@ def files(lab: Lab) -> dict[str, Path]:
 def cluster(lab: Lab, files: dict[str, Path]) -> Iterator[dict[str, Any]]:
     """The files, and what `jenga up` printed."""
     begin = time.monotonic()
-    result = jenga(lab, "up", str(files["cluster"]), "--wait", "400")
+    result = jenga(lab, "up", str(files["cluster"]), "--wait", "900")
     print(result.stdout, result.stderr, f"jenga up took {time.monotonic() - begin:.0f} s")
     assert result.returncode == 0, result.stdout + result.stderr
     try:

@@ -137,6 +137,9 @@ class Lab:
     def mend(self, name: str) -> None:
         """Put a host back on the network."""
         run("ip", "link", "set", self.hosts[name].cable, "master", "lan")
+        for host in self.hosts.values():
+            # A host that boots later has another card.
+            self._inside(host, "ip", "neigh", "flush", "dev", "eth0", "nud", "permanent")
 
     def _card(self, host: Host) -> str:
         # Not from /sys, which is the machine's own.

@@ -72,6 +72,16 @@ def test_answers_come_from_outside_through_the_head(cluster: dict[str, Any]) -> 
     assert cached > 0
 
 
+def test_replicas_go_on_writing_their_logs(lab: Lab, cluster: dict[str, Any]) -> None:
+    """Also behind what vLLM does to logging at its start."""
+    for host, deployment, said in (("head", "Ingress", "/v1/chat/completions"), ("worker-1", "Engine", "CALL chat")):
+        read = f"cat /tmp/ray/session_latest/logs/serve/replica_jenga_{deployment}*.log"
+        end = time.monotonic() + 20
+        while said not in (found := lab.ssh(host, read).stdout):
+            assert time.monotonic() < end, (host, found[-2000:])
+            time.sleep(1)
+
+
 def test_only_rest_and_rays_own_ports_listen_beyond_the_loopback_of_the_head(lab: Lab, cluster: dict[str, Any]) -> None:
     """Ray's dashboard, Prometheus and Grafana do not; what does is for the private network."""
     for port in (8265, 9090, 3000):
