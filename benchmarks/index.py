@@ -4,7 +4,9 @@
 
 The model has three layer groups (full attention, a window of 1,024 tokens, recurrent states) with pages of 16 tokens.
 Every replica holds prefixes of its own and prefixes of a few hot prompts, each replica to another length, with windows
-and states kept at other places: the worst case for a decision, since no two replicas are alike.
+and states kept at other places: the worst case for a decision, since no two replicas are alike.  A decision is what the
+router asks of its index for one request: the hits of all replicas, and booking what the chosen one will store (the
+booking of the request before it is settled); `ON_THEIR_WAY` others are booked on each replica meanwhile.
 
 Times are wall clock, beside them processor time of this thread: on a shared machine the tail of the former is the
 neighbours'.  Garbage collection is on, as in a server.
@@ -33,6 +35,7 @@ from rich.table import Table
 from jenga.policies import FullAttention, RecurrentState, SlidingWindow
 from jenga.routing import BlockIndex, GroupRule, HitRule, decode, key_of
 from jenga.routing.events import BlockStored
+from jenga.routing.index import NO_HIT
 
 PAGE, WINDOW = 16, 1024
 RULE = HitRule(
@@ -44,7 +47,11 @@ RULE = HitRule(
     alignment=PAGE,
     hash_tokens=PAGE,
     root="",
+    turn_marks=frozenset({0, 1, 2}),
 )
+TURN = 1500
+"""Tokens from one mark to the next."""
+ON_THEIR_WAY = 8
 TAIL = WINDOW // PAGE
 """Pages of the window group that a resumable position needs."""
 OWN_PROMPT, HOT_PROMPT, HOT_PROMPTS, CHECKPOINTS = 256, 2048, 4, 4
@@ -123,6 +130,16 @@ def decisions(fleet: Fleet, index: BlockIndex, count: int) -> list[dict[str, Any
     rng = random.Random(2)
     rows = []
     for tokens in (8192, 32768):
+        ids = [0 if place % TURN == 0 else rng.randrange(3, 150_000) for place in range(tokens)]
+
+        def decide(keys: list[int], ids: list[int] = ids) -> None:
+            hits = index.hits(keys, len(ids))
+            best = max(hits, key=lambda replica: hits[replica].tokens)
+            index.book(best, "asked", ids, keys, hits[best])
+
+        for number in range(ON_THEIR_WAY * len(fleet.names)):
+            own = (rng.choice(fleet.own) + fleet.prompt(tokens // PAGE))[: tokens // PAGE]
+            index.book(rng.choice(fleet.names), str(number), ids, own, NO_HIT)
         for kind, prompt in (
             ("hot: another hit on every replica", lambda n: [*rng.choice(fleet.hot)[: n - 1], rng.getrandbits(64)]),
             ("known to one replica", lambda n: (rng.choice(fleet.own) + fleet.prompt(n))[:n]),
@@ -130,7 +147,7 @@ def decisions(fleet: Fleet, index: BlockIndex, count: int) -> list[dict[str, Any
         ):
             prompts = [prompt(tokens // PAGE) for _ in range(min(count, 200))]
             hits = [index.hits(keys, tokens) for keys in prompts[:20]]
-            calls = [partial(index.hits, prompts[number % len(prompts)], tokens) for number in range(count)]
+            calls = [partial(decide, prompts[number % len(prompts)]) for number in range(count)]
             rng.shuffle(calls)
             rows.append(
                 {
@@ -140,6 +157,8 @@ def decisions(fleet: Fleet, index: BlockIndex, count: int) -> list[dict[str, Any
                     **timed(calls, f"{tokens:,} tokens, {kind}"),
                 }
             )
+        for request in ("asked", *map(str, range(ON_THEIR_WAY * len(fleet.names)))):
+            index.settle(request)
     return rows
 
 

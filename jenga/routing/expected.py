@@ -83,16 +83,20 @@ class Expected:
         self.blocks: dict[int, int] = {}
         """Lanes by block, as in the index."""
         self._last: dict[int, dict[int, str]] = {}  # lane: block: request
-        self._by_request: dict[str, list[tuple[int, list[int]]]] = {}
+        self._by_request: dict[str, list[tuple[int, Sequence[int]]]] = {}
         self._ends: dict[tuple[int, int], list[str]] = {}  # lane and block: requests whose prompts end with it
         self._end_of: dict[str, tuple[int, int]] = {}
         self._computed: list[str] = []
 
-    def add(self, request: str, lane: int, keys: list[int]) -> None:
+    def add(self, request: str, lane: int, keys: Sequence[int]) -> None:
         """`request` will store these blocks."""
-        get = self.blocks.get
-        for key in keys:
-            self.blocks[key] = get(key, 0) | lane
+        blocks = self.blocks
+        if blocks.keys().isdisjoint(keys):
+            blocks.update(dict.fromkeys(keys, lane))
+        else:
+            get = blocks.get
+            for key in keys:
+                blocks[key] = get(key, 0) | lane
         self._last.setdefault(lane, {}).update(dict.fromkeys(keys, request))
         self._by_request.setdefault(request, []).append((lane, keys))
 
@@ -124,12 +128,17 @@ class Expected:
             self._ends[end].remove(request)
             if not self._ends[end]:
                 del self._ends[end]
+        blocks = self.blocks
         for lane, keys in self._by_request.pop(request, ()):
             last = self._last.get(lane, {})
-            for key in keys:
-                if last.get(key) == request:
+            owner = last.get
+            for key in keys:  # in line: most of what a booking costs
+                if owner(key) == request:
                     del last[key]
-                    self._clear(key, lane)
+                    if left := blocks[key] & ~lane:
+                        blocks[key] = left
+                    else:
+                        del blocks[key]
 
     def forget(self, lanes: Iterable[int]) -> None:
         """Nothing is expected of these lanes any more."""

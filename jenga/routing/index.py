@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import repeat
 from operator import itemgetter
 
 from jenga.hits import Hit
@@ -255,7 +256,9 @@ class BlockIndex:
         if stream is not None and stream.trusted:
             for group, keys in enumerate(pages):
                 lane = self._lane(stream, group)
-                self._expected.add(request, lane, [key for key in keys if not self._blocks.get(key, 0) & lane])
+                if not self._blocks.keys().isdisjoint(keys):
+                    keys = [key for key in keys if not self._blocks.get(key, 0) & lane]
+                self._expected.add(request, lane, keys)
 
     def book(self, replica: str, request: str, tokens: Sequence[int], keys: Sequence[int], hit: Hit) -> None:
         """`request`, a prompt of `tokens` with the block `keys`, was sent to a replica where it will find `hit`.
@@ -303,8 +306,8 @@ class BlockIndex:
             pages = len(keys) // scale
             everything = (1 << pages) - 1
             names = keys if scale == 1 else keys[scale - 1 :: scale]
-            held = [get(key, 0) for key in names]
-            if coming:
+            held = list(map(get, names, repeat(0)))
+            if not coming.keys().isdisjoint(names):
                 held = [now | coming.get(key, 0) for now, key in zip(held, names, strict=True)]
             for page, now in enumerate(held):
                 if now == holders:
