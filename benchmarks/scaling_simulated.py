@@ -57,6 +57,7 @@ SHORT, LONG, ANSWER = (64, 512), (16_384, 32_768), (100, 400)
 BOUNDS: dict[str, Any] = {"min": 1, "max": MOST, "look_back_s": LOOK_BACK_S, "downscale_delay_s": DOWN_S}
 SIGNALS: dict[str, Autoscaling] = {
     "kv-memory": KvMemory(**BOUNDS),
+    "kv-memory, kv_target 0.5": KvMemory(kv_target=0.5, **BOUNDS),
     **{f"{n} requests": OngoingRequests(signal="requests", target_ongoing_requests=n, **BOUNDS) for n in (4, 16, 64)},
 }
 
