@@ -256,6 +256,8 @@ def start(model: str, folder: Path, memory: str, console: Console) -> Deployment
     args = data["applications"][0]["args"]
     args["model"]["path"] = str(ROOT / "var" / "models" / model)
     args["engine"]["kv_memory"] = memory
+    # Dynamo's index knows blocks by the tokens in the events, which the product leaves out.
+    args["engine"]["extra"] = {"additional_config": {"jenga": {"events": {"contents": True}}}}
     file = folder / f"{model}.yaml"
     file.write_text(yaml.safe_dump(data))
     ready = load(file)
