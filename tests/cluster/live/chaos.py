@@ -55,6 +55,7 @@ class Site:
     redis: subprocess.Popen[bytes] | None = None
     broken: list[str] = field(default_factory=list)
     """Hosts without power or network."""
+    drained: list[str] = field(default_factory=list)
 
     def deployments(self) -> dict[str, Any]:
         """Serve's own word on the application; empty when nobody answers."""
@@ -145,12 +146,16 @@ class Site:
             return {}
         return told
 
-    def alive(self) -> set[str]:
-        """Addresses of the nodes that Ray counts as living."""
+    def nodes(self) -> list[dict[str, Any]]:
+        """Every node that Ray has known."""
         # Not `/nodes?view=summary`, which lags minutes behind on a busy machine.
         told = self.ask_dashboard("/api/v0/nodes").get("data") or {}
-        nodes = (told.get("result") or {}).get("result") or []
-        return {item["node_ip"] for item in nodes if item["state"] == "ALIVE"}
+        found: list[dict[str, Any]] = (told.get("result") or {}).get("result") or []
+        return found
+
+    def alive(self) -> set[str]:
+        """Addresses of the nodes that Ray counts as living."""
+        return {item["node_ip"] for item in self.nodes() if item["state"] == "ALIVE"}
 
     def repair(self) -> float:
         """Give broken hosts power and network, and wait until they are nodes again; seconds that this took."""
@@ -160,7 +165,14 @@ class Site:
                 self.lab.mend(name)
             else:
                 self.lab.boot(name)
+        for name in self.drained:
+            self.lab.ssh(name, "~/jenga-serve/.venv/bin/ray stop")
+            address = self.lab.hosts[name].address
+            while address in self.alive():
+                assert time.monotonic() - begin < GIVE_UP_S
+                time.sleep(1)
         self.broken.clear()
+        self.drained.clear()
         every = {host.address for host in self.lab.hosts.values()}
         while (alive := self.alive()) != every:
             assert time.monotonic() - begin < GIVE_UP_S, (every, alive)
@@ -232,6 +244,19 @@ def a_link(site: Site) -> set[str]:
     return gone
 
 
+def a_drain(site: Site) -> set[str]:
+    """As docs/cluster.md says it; afterwards Ray is ended there, and the autoscaler starts it again."""
+    host = site.host_of("Engine:")
+    gone, address = site.on(host), site.lab.hosts[host].address
+    (node,) = (item["node_id"] for item in site.nodes() if item["node_ip"] == address and item["state"] == "ALIVE")
+    why = "--reason DRAIN_NODE_REASON_PREEMPTION --reason-message upkeep --deadline-remaining-seconds 600"
+    drain = f"cd ~/jenga-serve && RAY_AUTH_MODE=token .venv/bin/ray drain-node --node-id {node} {why}"
+    result = site.lab.ssh("head", drain)
+    assert result.returncode == 0, result.stdout + result.stderr
+    site.drained.append(host)
+    return gone
+
+
 def a_roll_out(site: Site) -> set[str]:
     """No trouble, but a change: all replicas are others afterwards."""
     gone = set(site.replicas())
@@ -288,6 +313,7 @@ TROUBLES: dict[str, Fault] = {
     "ingress killed": the_ingress,
     "worker host killed": a_worker,
     "link cut silently": a_link,
+    "worker drained": a_drain,
     "new configuration": a_roll_out,
     "head restarted": the_head,
     WITH_REDIS: the_head_with_redis,
@@ -352,7 +378,7 @@ def test_trouble(site: Site, name: str) -> None:
         assert time.monotonic() < end, site.deployments()
         time.sleep(1)
     row = site.run(name, TROUBLES[name])
-    if site.broken:
+    if site.broken or site.drained:
         row["host_back_s"] = round(site.repair(), 1)
     print(name, json.dumps(row, indent=1), flush=True)
     save(name, row)

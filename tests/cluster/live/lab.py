@@ -21,7 +21,7 @@ NETWORK = "10.77.0"
 OUTSIDE = f"{NETWORK}.1"
 HEAD = f"{NETWORK}.10"
 MODEL = "gemma3-recall"
-_START_S = 20.0
+_START_S = 90.0
 
 # $1 disk, $2 address, $3 name, $4 Python, $5 settings of sshd.  /root is this machine's with changes of its own, which
 # stay when the host is killed; pid 1 reaps orphans and ends with its standard input.
