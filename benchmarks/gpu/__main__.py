@@ -46,11 +46,12 @@ def environment(out: Path) -> None:
 def correctness_(
     out: Out = Path("results/gpu"),
     model: Models = None,
+    case: Annotated[list[str] | None, typer.Option(help="Only cases with this in their name, e.g. V1.")] = None,
     engines: Annotated[int, typer.Option(help="Engines that share the GPU at a time.")] = 8,
 ) -> None:
     """The same tokens as stock vLLM, small models, counted; exit status 1 if a case shows a fault."""
     environment(out)
-    if correctness.timed(out, model or [], engines):
+    if correctness.timed(out, model or [], case or [], engines):
         raise typer.Exit(1)
 
 
@@ -61,11 +62,12 @@ def throughput_(
     contender: Annotated[list[str] | None, typer.Option(help="Only these: jenga, stock, ...")] = None,
     repeats: int = 3,
     compiled: Annotated[bool, typer.Option(help="torch.compile as well as CUDA graphs (minutes of start-up).")] = True,
+    profile: Annotated[bool, typer.Option(help="Also trace 20 steps of each workload.")] = False,
     until: Annotated[float, typer.Option(help="Seconds after which no further engine is started.")] = 1e9,
 ) -> None:
     """Requests resident, tokens per second and latencies, one engine at a time."""
     environment(out)
-    throughput.run(out, model or [], contender or [], repeats, compiled, until)
+    throughput.run(out, model or [], contender or [], repeats, compiled, profile, until)
 
 
 if __name__ == "__main__":

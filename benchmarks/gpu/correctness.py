@@ -174,15 +174,17 @@ def job(case: Case, contender: str, folder: Path, scratch: Path) -> processes.Jo
     return processes.Job(generate.main, (given, taken), environment, taken.with_suffix(".log"), LIMIT_S)
 
 
-def run(out: Path, chosen: list[str], engines: int) -> list[dict[str, Any]]:
-    """All cases whose model is chosen; rows are printed and saved as they come.
+def run(out: Path, chosen: list[str], named: list[str], engines: int) -> list[dict[str, Any]]:
+    """All cases whose model is chosen and whose name has one of `named` in it; rows are printed and saved as they come.
 
     Raises:
         RuntimeError: not even the first engine starts; its last words.
     """
     folder = out / "work"
     processes.preload()
-    cases = [c for c in CASES if not chosen or c.model in chosen]
+    cases = [
+        c for c in CASES if (not chosen or c.model in chosen) and (not named or any(part in c.name for part in named))
+    ]
     for name in {c.model for c in cases}:
         models.make(name, folder, small=True)
     work: list[tuple[Case, Path, str]] = []
@@ -260,10 +262,11 @@ def faults(made: dict[str, Any]) -> list[str]:
     return found
 
 
-def timed(out: Path, chosen: list[str], engines: int) -> int:
+def timed(out: Path, chosen: list[str], named: list[str], engines: int) -> int:
     """`run`, and how long it took; the number of cases with faults."""
     begun = time.perf_counter()
-    wrong = {f"{made['model']}, {made['case']}": found for made in run(out, chosen, engines) if (found := faults(made))}
+    rows = run(out, chosen, named, engines)
+    wrong = {f"{made['model']}, {made['case']}": found for made in rows if (found := faults(made))}
     for case, found in wrong.items():
         print(f"{case}: {'; '.join(found)}", flush=True)
     print(f"correctness took {time.perf_counter() - begun:,.0f} s; {len(wrong)} cases with faults", flush=True)

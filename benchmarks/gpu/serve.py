@@ -18,6 +18,8 @@ from typing import Any
 from benchmarks.gpu import workloads
 from benchmarks.gpu.workloads import Client, Workload
 
+PROFILED_STEPS = 20
+
 
 @dataclass
 class Seen:
@@ -174,8 +176,19 @@ async def main(given: Path, taken: Path) -> None:
                 if counts:
                     result["runs"].append(run)
                     taken.write_text(json.dumps(result))
+            if counts and spec["profile"]:
+                seen.append(Seen())
+                await profiled(engine, build(name, sizes, spec["repeats"]), name, seen[-1])
     finally:
         engine.shutdown()
+
+
+async def profiled(engine: Any, workload: Workload, name: str, seen: Seen) -> None:
+    """Trace some steps in the middle of a run, whose times do not count."""
+    await engine.reset_prefix_cache()
+    await engine.start_profile(name, delay_iterations=40, max_iterations=PROFILED_STEPS)
+    await load(engine, workload, f"profiled-{name}", seen)
+    await engine.stop_profile()
 
 
 def build(name: str, sizes: list[Any], repeat: int) -> Workload:

@@ -19,6 +19,7 @@ SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512]
 """Batches (tokens) for which CUDA graphs are captured."""
 COMPILED = {"compilation_config": {"cudagraph_capture_sizes": SIZES}}
 GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES}}
+PROFILER = {"profiler": "torch", "torch_profiler_with_stack": False, "torch_profiler_use_gzip": True}
 WARMING = 6
 """Engines that fill torch.compile's cache at a time."""
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,7 +59,7 @@ LOADS = [
 
 
 def run(
-    out: Path, chosen: list[str], who: list[str], repeats: int, compiled: bool, until_s: float
+    out: Path, chosen: list[str], who: list[str], repeats: int, compiled: bool, profile: bool, until_s: float
 ) -> list[dict[str, Any]]:
     """All engines of the chosen models, one after the other; rows are printed and saved as they come.
 
@@ -86,7 +87,7 @@ def run(
         if time.perf_counter() - begun > until_s:
             print(f"left out: {load.model}, {each}", flush=True)
             continue
-        asked = job(folder, load, each, repeats, compiled)
+        asked = job(folder, load, each, repeats, compiled, profile)
         taken: Path = asked.arguments[1]
         taken.unlink(missing_ok=True)
         ((_, words),) = processes.run([asked])
@@ -99,7 +100,7 @@ def run(
     return rows
 
 
-def job(folder: Path, load: Load, who: str, repeats: int, compiled: bool) -> processes.Job:
+def job(folder: Path, load: Load, who: str, repeats: int, compiled: bool, profile: bool = False) -> processes.Job:
     """One engine; without repeats it only starts."""
     jenga, engine = CONTENDERS[who]
     scratch = folder / f"{load.model}-{who.replace(', ', '-').replace(' ', '-')}"
@@ -107,6 +108,7 @@ def job(folder: Path, load: Load, who: str, repeats: int, compiled: bool) -> pro
     spec = {
         "model": str(folder / load.model),
         "repeats": repeats,
+        "profile": profile,
         "workloads": [w for w in load.workloads if asks(engine, w)] if repeats else [],
         "engine": {
             **models.RANDOM,
@@ -115,6 +117,7 @@ def job(folder: Path, load: Load, who: str, repeats: int, compiled: bool) -> pro
             "gpu_memory_utilization": 0.9 if repeats else 0.1,
             "kv_cache_memory_bytes": int(load.kv_gib * GIB),
             **(COMPILED if compiled else GRAPHS),
+            **({"profiler_config": PROFILER | {"torch_profiler_dir": str(scratch)}} if profile else {}),
             **models.MODELS[load.model].engine,
             **load.engine,
             **engine,
