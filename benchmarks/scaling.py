@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -153,6 +153,16 @@ class Watched:
         return sum(value for labels, value in self.counters.get(metric, {}).items() if containing in labels)
 
 
+async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The events of a stream.  Not by httpx's lines, which end at characters that answers to random tokens hold."""
+    rest = b""
+    async for data in response.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
+
+
 class Load:
     """Users of one deployment."""
 
@@ -190,10 +200,7 @@ class Load:
                 if response.status_code != 200:
                     asked.failure = f"status {response.status_code}: {(await response.aread())[:200]!r}"
                     return asked
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: {"):
-                        continue
-                    event = json.loads(line[6:])
+                async for event in events(response):
                     if "error" in event:
                         asked.cut = str(event["error"])
                         return asked
