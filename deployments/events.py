@@ -35,6 +35,8 @@ ENGINE_CONFIG = {
 _REPLY_S = 5.0
 _RETRY_S = 0.5
 _SNAPSHOT_S = 1.0
+_TOLD_S = 8.0
+"""A running stream is told of this often."""
 _END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -69,19 +71,24 @@ class Source:
 
 
 class Resting:
-    """Tells how far a stream is when it rests, since every change is sent to every router.
+    """Tells how far a stream is when it rests, and seldom while it runs on, since every change is sent to every router.
 
-    While batches come, each tells of those before it; only the loss of the last one needs to be told.
+    While batches come, each tells of those before it; what needs to be told is the loss of the last one, and that
+    batches are sent at all to whom none comes any more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` is in seconds."""
+        self._clock = clock
         self._seen: Source | None = None
         self._told: Source | None = None
+        self._since = 0.0
 
     def told(self, now: Source) -> Source:
-        """The stream as it is, or as it was told last while it runs on."""
-        if self._told is None or self._seen == now or self._told.epoch != now.epoch:
-            self._told = now
+        """The stream as it is, or as it was told last."""
+        late = self._clock() - self._since >= _TOLD_S
+        if self._told is None or self._seen == now or self._told.epoch != now.epoch or late:
+            self._told, self._since = now, self._clock()
         self._seen = now
         return self._told
 
