@@ -5,7 +5,7 @@ FLAVOUR ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve stop status test test-chaos test-cluster test-dashboards test-scaling test-vllm lint lock clean
+.PHONY: help install serve stop status test test-chaos test-cluster test-dashboards test-hostile test-scaling test-vllm lint lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s%s\n", $$1, $$2}' Makefile
@@ -29,6 +29,9 @@ test: install ## Run the whole test suite, ruff and mypy included
 
 test-vllm: install ## Run vLLM's own tests of cache and scheduler with Jenga, beside stock (network; TESTS=files, LIST=check)
 	@$(BIN)/python scripts/test_vllm.py $(if $(filter check,$(LIST)),--check-list) $(TESTS)
+
+test-hostile: install ## Ten thousand abused requests to two engines, and what a well-behaved client notices (10 minutes)
+	@$(BIN)/python -m benchmarks.hostile --json results/hostile.json
 
 test-dashboards: install ## Dashboards and alerts on real engines and a real Prometheus (15 minutes; PICTURES=docs/img keeps the pictures)
 	@JENGA_PICTURES="$(PICTURES)" $(BIN)/python -m pytest -s tests/dashboards/test_*.py tests/dashboards/live/proof.py

@@ -1,6 +1,6 @@
 """`jenga serve` from end to end: two real engines behind the router, on a machine's own terms.
 
-Starts one deployment for the whole file, in its own state folder and on free ports.
+All of it uses one deployment, `served` in conftest.py, which test_hostile.py has abused before.
 """
 
 import json
@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,24 +86,6 @@ class Running:
 
     def scrape(self) -> str:
         return httpx.get(self.record.metrics_url, timeout=30, trust_env=False).text
-
-
-@pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("serve")
-    state = folder / "run"
-    ports = tuple(free_ports(3))
-    config = folder / "serving.yaml"
-    config.write_text(yaml.safe_dump(configuration(ports[0])))
-    options = ["--dashboard-port", str(ports[1]), "--metrics-port", str(ports[2])]
-    try:
-        result = jenga(state, "serve", str(config), *options)
-        assert result.returncode == 0, result.stdout + result.stderr
-        record = read(state)
-        assert record is not None
-        yield Running(state, config, ports, result.stdout, record)
-    finally:
-        jenga(state, "stop")
 
 
 def answer(running: Running, **fields: Any) -> httpx.Response:
