@@ -105,13 +105,13 @@ FULL = Plan(
     most=4,
     rest_s=90,
 )
-SMALL = Plan(
-    (Phase("few", 2, SHORT, 5), Phase("long", 7, LONG, 45), Phase("few again", 2, SHORT, 10)),
-    talkers=2,
-    most=2,
-    rest_s=90,
-    patient_s=200,
-)
+
+
+def small(most: int) -> Plan:
+    """Long prompts for `most` replicas, until they run, and then few."""
+    users = round(3.5 * most)
+    phases = (Phase("few", 2, SHORT, 5), Phase("long", users, LONG, 45), Phase("few again", 2, SHORT, 10))
+    return Plan(phases, talkers=most, most=most, rest_s=90, patient_s=200)
 
 
 def stretched(plan: Plan, factor: float) -> Plan:
@@ -477,7 +477,8 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--signals", nargs="+", choices=list(SIGNALS), default=list(SIGNALS))
-    parser.add_argument("--small", action="store_true", help="two replicas at most, kv-memory alone, 4 minutes")
+    parser.add_argument("--small", action="store_true", help="kv-memory alone, until all replicas run, and back")
+    parser.add_argument("--most", type=int, default=2, help="replicas of --small")
     parser.add_argument("--stretch", type=float, default=1, help="factor on the demand's times, for slow machines")
     parser.add_argument("--check", action="store_true", help="status 1 if anything went wrong")
     parser.add_argument("--json", type=Path, help="added to what the file has of other signals")
@@ -486,7 +487,7 @@ def main() -> None:
     console = Console(stderr=True)
     # Ray's metrics are ten seconds old by default.
     os.environ["RAY_metrics_report_interval_ms"] = "1000"  # noqa: SIM112  # Ray's own spelling
-    plan = stretched(SMALL if options.small else FULL, options.stretch)
+    plan = stretched(small(options.most) if options.small else FULL, options.stretch)
     results: dict[str, dict[str, Any]] = {}
     if options.json and options.json.is_file():
         results = json.loads(options.json.read_text())["results"]
