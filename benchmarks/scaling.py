@@ -111,7 +111,7 @@ def small(most: int) -> Plan:
     """Long prompts for `most` replicas, until they run, and then few."""
     users = round(3.5 * most)
     phases = (Phase("few", 2, SHORT, 5), Phase("long", users, LONG, 45), Phase("few again", 2, SHORT, 10))
-    return Plan(phases, talkers=most, most=most, rest_s=90, patient_s=200)
+    return Plan(phases, talkers=most + 1, most=most, rest_s=90, patient_s=200)
 
 
 def stretched(plan: Plan, factor: float) -> Plan:
@@ -279,6 +279,8 @@ async def drive(record: Record, plan: Plan, console: Console) -> dict[str, Any]:
                 latest = load.now + plan.patient_s
                 while load.now < latest and watched.running[-1] < plan.most:
                     await asyncio.sleep(0.5)
+                if plan.patient_s:
+                    await asyncio.sleep(20)  # the newest is given its share by then (`jenga.routing.slow_start`)
                 # They are spread over all replicas, and outlast the phase.
                 talkers += [asyncio.create_task(load.ask("talk", TALK)) for _ in range(plan.talkers)]
                 await asyncio.sleep(3)
