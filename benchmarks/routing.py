@@ -161,7 +161,7 @@ class Deployment:
 
     def counters(self) -> Counter[tuple[str, str]]:
         """Counters of the metrics endpoint, by name and by the label that matters here."""
-        text = httpx.get(self.record.metrics_url, timeout=30, trust_env=False).text
+        text = httpx.get(self.record.metrics_url, timeout=120, trust_env=False).text
         found: Counter[tuple[str, str]] = Counter()
         for name, label in COUNTED.items():
             for labels, value in re.findall(rf"^{name}\{{(.*)\}} ([\d.e+]+)$", text, re.MULTILINE):
