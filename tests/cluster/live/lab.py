@@ -6,7 +6,6 @@ namespace itself is the outside world, and all of it ends with the namespace's f
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -62,6 +61,11 @@ class Host:
     name: str
     address: str
     process: subprocess.Popen[bytes]
+
+    @property
+    def card(self) -> str:
+        """Hardware address of its network card, the same after every boot."""
+        return "02:00:" + ":".join(f"{int(part):02x}" for part in self.address.split("."))
 
     @property
     def cable(self) -> str:
@@ -126,25 +130,16 @@ class Lab:
 
     def cut(self, name: str) -> None:
         """Take a host off the network without a word: what is sent to it or from it vanishes."""
-        addresses = {host.address: self._card(host) for host in self.hosts.values()}
+        # Otherwise nobody would answer who has the address, and senders would be told after three seconds.
         for host in self.hosts.values():
-            # Otherwise nobody would answer who has the address, and senders would be told after three seconds.
-            known = [item for item in addresses.items() if item[0] != host.address]
-            for address, card in known:
-                self._inside(host, "ip", "neigh", "replace", address, "lladdr", card, "dev", "eth0", "nud", "permanent")
+            for other in self.hosts.values():
+                known = [other.address, "lladdr", other.card, "dev", "eth0", "nud", "permanent"]
+                self._inside(host, "ip", "neigh", "replace", *known)
         run("ip", "link", "set", self.hosts[name].cable, "nomaster")
 
     def mend(self, name: str) -> None:
         """Put a host back on the network."""
         run("ip", "link", "set", self.hosts[name].cable, "master", "lan")
-        for host in self.hosts.values():
-            # A host that boots later has another card.
-            self._inside(host, "ip", "neigh", "flush", "dev", "eth0", "nud", "permanent")
-
-    def _card(self, host: Host) -> str:
-        # Not from /sys, which is the machine's own.
-        (found,) = json.loads(self._inside(host, "ip", "-j", "link", "show", "eth0"))
-        return str(found["address"])
 
     def _inside(self, host: Host, *command: str) -> str:
         first = host.processes()[0].pid
@@ -183,7 +178,8 @@ class Lab:
         host = Host(name, address, process)
         own = Path("/proc/self/ns/net").readlink()
         self._until(lambda: Path(f"/proc/{process.pid}/ns/net").readlink() != own, host, "has no network of its own")
-        run("ip", "link", "add", host.cable, "type", "veth", "peer", "name", "eth0", "netns", str(process.pid))
+        inner = ["name", "eth0", "address", host.card, "netns", str(process.pid)]
+        run("ip", "link", "add", host.cable, "type", "veth", "peer", *inner)
         run("ip", "link", "set", host.cable, "master", "lan", "up")
         return host
 
