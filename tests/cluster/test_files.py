@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from deployments import proxy
 from deployments.cluster import checks, commands, exposure, remote
 from deployments.config import ServeFile, load
 
@@ -62,6 +63,7 @@ def test_nothing_listens_for_the_world_and_nothing_is_unpinned(name: str, edited
     assert "pip install" not in text
     assert text.count("make install FLAVOUR=gpu") >= 1
     assert text.count("RAY_AUTH_MODE=token") == 2
+    assert all(f"{key}={value}" in text for key, value in proxy.ENVIRONMENT.items())
     pins = (ROOT / "requirements/gpu.txt").read_text()
     for package, version in re.findall(r"(Ray|vLLM) ([\d.]+\d)", (ROOT / f"cluster/{name}.yaml").read_text()):
         assert re.search(rf"^{package.lower()}=={re.escape(version)}$", pins, re.MULTILINE), (package, version)
@@ -182,6 +184,8 @@ def test_kuberay_serves_a_valid_configuration_of_the_pinned_ray() -> None:
     assert f"ray=={cluster['rayVersion']}\n" in (ROOT / "requirements/gpu.txt").read_text()
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    assert proxy.ENVIRONMENT.items() <= {item["name"]: item["value"] for item in head["env"]}.items()
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         (container,) = group["template"]["spec"]["containers"]
