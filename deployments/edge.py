@@ -22,6 +22,7 @@ from deployments.errors import RETRY_AFTER_S, error_body
 HEAD_S = 20.0
 """Seconds from the connection, or from a request's first byte, to the end of its head."""
 HEAD_BYTES = 64 << 10
+"""Of a head, and of what comes beside a body: trailers, extensions of chunks."""
 STALLED_S = 60.0
 """Seconds for which a client may read nothing of an answer that waits for it."""
 MOST_CONNECTIONS = 4096
@@ -39,13 +40,17 @@ _FIT_ID = re.compile(rb"[\w.:/+=-]{1,128}")
 
 
 class Edge:
-    """ASGI middleware: clients' headers reach Ray's proxy only where they mean nothing to it, or are fit."""
+    """ASGI middleware: headers reach Ray's proxy only where they mean nothing to it, or are fit; WebSockets never."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
+        if scope["type"] == "websocket":
+            # Nothing here speaks it, and it would pass by keys, limits and the rules for headers.
+            await send({"type": "websocket.close"})
+            return
         if scope["type"] == "http":
             scope["headers"] = [(name, value) for name, value in scope["headers"] if _passes(name, value)]
         await self._app(scope, receive, send)
@@ -83,7 +88,8 @@ class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with a head that ends in time and in size, and a bound on connections."""
 
     _head: asyncio.TimerHandle | None = None
-    _head_bytes = 0
+    _aside = 0
+    """Bytes since the connection, a head or a part of a body."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client connected."""
@@ -105,10 +111,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """A part of a head or of a body."""
         if self.transport.is_closing():
             return
-        if self._head is not None:
-            self._head_bytes += len(data)
+        self._aside += len(data)
         super().data_received(data)
-        if self._head is not None and self._head_bytes > HEAD_BYTES:
+        if self._aside > HEAD_BYTES:
             self._refuse(431, f"The request's headers are larger than {HEAD_BYTES:,} bytes.", "headers_too_large")
 
     def on_message_begin(self) -> None:
@@ -120,10 +125,20 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """A request's head is whole."""
         self._head_ended()
+        self._aside = 0
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """A part of a body."""
+        self._aside = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request is whole."""
+        self._aside = 0
+        super().on_message_complete()
+
     def _await_head(self) -> None:
-        self._head_bytes = 0
         self._head = self.loop.call_later(HEAD_S, self._late)
 
     def _head_ended(self) -> None:
@@ -132,6 +147,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head = None
 
     def _late(self) -> None:
+        if self.pipeline or not (self.cycle is None or self.cycle.response_complete):
+            # Its turn comes after the answer that is under way.
+            self._await_head()
+            return
         self._refuse(408, f"The request's headers took longer than {HEAD_S:g} s to come.", "request_timeout")
 
     def _refuse(self, status: int, message: str, code: str, headers: str = "") -> None:
@@ -140,7 +159,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         body = json.dumps(error_body(message, status, code=code)).encode()
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n{headers}\r\n"
-        self.transport.write(STATUS_LINE[status] + head.encode() + body)
+        begun = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        if not self.pipeline and not begun:  # otherwise it would be read as a part of another answer
+            self.transport.write(STATUS_LINE[status] + head.encode() + body)
         self.transport.close()
 
 

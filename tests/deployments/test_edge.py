@@ -21,6 +21,8 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     message = await receive()
     while message.get("more_body"):
         message = await receive()
+    if scope["path"] == "/late":
+        await asyncio.sleep(1)
     await send({"type": "http.response.start", "status": 200, "headers": []})
     if scope["path"] == "/long":
         for _ in range(64):
@@ -94,7 +96,33 @@ async def test_a_head_ends_in_time_and_in_size(monkeypatch: pytest.MonkeyPatch) 
         assert second.startswith(b" 408 ")
         for endless in (b"X: " + LARGE, b"X: y\r\n" * 100_000):
             assert b" 431 " in await said(port, b"GET / HTTP/1.1\r\n" + endless[:40_000], endless[40_000:80_000])
+        # What comes beside a body counts as well.
+        chunked = get(b"Transfer-Encoding: chunked").replace(b"close", b"keep-alive")
+        for endless in (b"0\r\nX: " + LARGE, b"1;" + LARGE):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(chunked)
+            await gone(lambda: not server.server_state.tasks)
+            writer.write(endless[:80_000])
+            assert b" 431 " in await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+        assert b" 200 " in await said(port, get(b"Transfer-Encoding: chunked"), b"1;x\r\ny\r\n" * 50_000, b"0\r\n\r\n")
+        # A head that waits for its turn is not late, and no refusal gets into another answer.
+        first, second = (
+            await said(port, get().replace(b"/ ", b"/late ", 1).replace(b"close", b"keep-alive"), b"GET")
+        ).split(b"HTTP/1.1")[1:]
+        assert first.startswith(b" 200 ")
+        assert first.endswith(b"\r\n0\r\n\r\n")
+        assert second.startswith(b" 408 ")
         assert not server.server_state.connections
+
+
+@pytest.mark.asyncio
+async def test_nobody_speaks_websocket_past_keys_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    wish = b"Upgrade: websocket", b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", b"Sec-WebSocket-Version: 13"
+    async with serving(monkeypatch) as (port, _):
+        answer = await said(port, get(*wish, b"X-Session-Id: \xff").replace(b"close", b"Upgrade"))
+    assert b" 403 " in answer
+    assert b"200" not in answer
 
 
 @pytest.mark.asyncio
