@@ -288,6 +288,17 @@ class Limits(Section):
         ByteSize(256 << 20), description="size of the bodies of all requests of one ingress together"
     )
 
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> "Limits":
+        if self.bodies < self.body:
+            # It would be told to come back for ever.
+            raise PydanticCustomError(
+                "bodies_below_body",
+                "bodies ({all} bytes, of all requests) is below body ({one} bytes, of one): raise it, or lower body",
+                {"all": int(self.bodies), "one": int(self.body)},
+            )
+        return self
+
 
 class Serving(Section):
     """``args`` of the application: everything that is ours."""

@@ -70,7 +70,8 @@ class Guard:
                 return
             admitted = Admitted(deadline, key, ring)
         scope.setdefault("state", {})["admitted"] = admitted
-        if scope["method"] != "POST":
+        if scope["method"] != "POST" or path in OPEN:
+            # Of no other method, and of nobody without a key where there are keys, is a body read.
             await self._run(scope, receive, send, counted=path not in OPEN)
             return
         if admitted.key is not None and (excess := self._quotas.enter(admitted.key)) is not None:

@@ -103,6 +103,11 @@ def put(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
             ["gpus (0.5) is a part of a GPU, but tensor_parallel (2) workers", "write gpus: 1, or tensor_parallel: 1"],
         ),
         ("applications.0.args.engine.extra", {"data_parallel_size": 2}, ["'data_parallel_size' is set by `replicas`"]),
+        (
+            "applications.0.args.limits",
+            {"bodies": "4MiB"},
+            ["limits: bodies (4194304 bytes, of all requests) is below body (8388608 bytes, of one)"],
+        ),
         ("applications.0.args.router.slow_start_s", -1, ["args.router.slow_start_s", "not -1"]),
         ("applications.0.args.router.policy", "random", ["args.router.policy", "'prefix-affinity'", "not 'random'"]),
         ("applications.0.args.environment", {"A": [1]}, ["args.environment.A", "not [1]"]),

@@ -68,6 +68,7 @@ async def test_a_key_opens_and_goes_no_further(tmp_path: Path) -> None:
         assert told["authorization"] is None
         assert (told["key"], told["salt"]) == ("alice", ring.cache_salt(ring.keys[0], "own"))
         assert (await http.get("/health")).status_code == 200
+        assert (await http.get("/health", headers={"Authorization": "Bearer wrong"})).status_code == 200
         for path in ("/", "/v1/models", "/health/", "/healthx", "/HEALTH", "/v1/health", "/%2Fhealth"):
             assert (await http.get(path)).status_code == 401, path
         for header in ({}, {"Authorization": secret}, {"Authorization": "Bearer "}, {"Authorization": "Bearer ü"}):
@@ -199,7 +200,7 @@ def test_top_says_which_variable_takes_the_key() -> None:
 
 @pytest.mark.asyncio
 async def test_an_overload_is_refused_with_the_time_to_come_back(tmp_path: Path) -> None:
-    async with client(None, tmp_path, requests=2, bodies=300) as http:
+    async with client(None, tmp_path, requests=2, body=300, bodies=300) as http:
         running = [asyncio.create_task(http.post("/x", content="x", headers={"x-wait": "0.4"})) for _ in range(2)]
         await asyncio.sleep(0.1)
         for refused in (await http.post("/x", content="x"), await http.get("/x")):
@@ -221,7 +222,7 @@ async def test_a_body_that_comes_slowly_or_not_whole_holds_nothing(tmp_path: Pat
             yield b"x"
             await asyncio.sleep(0.05)
 
-    async with client(None, tmp_path, body_s=0.2, bodies=300) as http:
+    async with client(None, tmp_path, body_s=0.2, body=300, bodies=300) as http:
         for _ in range(3):
             late = await http.post("/x", content=slowly())
             assert late.status_code == 408
@@ -229,6 +230,29 @@ async def test_a_body_that_comes_slowly_or_not_whole_holds_nothing(tmp_path: Pat
         refused = await http.post("/x", content=b'{"a": ' + b"[" * 100)
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "nested_too_deeply")
         assert (await http.post("/x", content="x" * 290)).status_code == 200
+
+
+@pytest.mark.asyncio
+async def test_who_has_no_key_takes_no_place_with_a_body(tmp_path: Path) -> None:
+    ring, secret = KeyRing.new().add("alice")
+
+    async def never_ending() -> AsyncIterator[bytes]:
+        yield b"x" * 290
+        await asyncio.sleep(3600)
+
+    async def health(request: Request) -> Response:
+        return Response(status_code=405)
+
+    keyring.write(tmp_path / "keys.json", ring)
+    routes = [Route("/health", health, methods=["POST"]), Route("/x", tell, methods=["POST"])]
+    guarded = Guard(
+        Starlette(routes=routes), auth=Auth(keys_file=str(tmp_path / "keys.json")), limits=Limits(bodies=300, body=300)
+    )
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://here") as http:
+        async with asyncio.timeout(20):
+            assert (await http.post("/health", content=never_ending())).status_code == 405
+            assert (await http.post("/x", content=never_ending())).status_code == 401
+            assert (await http.post("/x", content="x" * 290, headers=bearer(secret))).status_code == 200
 
 
 @pytest.mark.asyncio
