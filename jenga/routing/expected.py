@@ -141,10 +141,14 @@ class Expected:
                         del blocks[key]
 
     def forget(self, lanes: Iterable[int]) -> None:
-        """Nothing is expected of these lanes any more."""
-        for lane in lanes:
+        """Nothing is expected of these lanes any more, which may be another replica's next."""
+        gone = set(lanes)
+        for lane in gone:
             for key in self._last.pop(lane, {}):
                 self._clear(key, lane)
+        for end in [end for end in self._ends if end[0] in gone]:
+            for request in self._ends.pop(end):
+                del self._end_of[request]
 
     def _clear(self, key: int, lane: int) -> None:
         if left := self.blocks[key] & ~lane:

@@ -10,7 +10,7 @@ from jenga.checkpoints import SharedPrefixes
 from jenga.hits import Hit
 from jenga.policies import FullAttention, RecurrentState, SlidingWindow
 from jenga.routing import BlockIndex, GroupRule, HitRule
-from jenga.routing.events import BlockRemoved, BlockStored, JunctionsLearned, Snapshot, decode
+from jenga.routing.events import AllBlocksCleared, BlockRemoved, BlockStored, JunctionsLearned, Snapshot, decode
 from jenga.routing.expected import Junctions, stored_by
 
 MARK = 9
@@ -186,3 +186,17 @@ def test_a_prompt_is_computed_when_its_last_page_is_stored() -> None:
     assert made.take_computed() == []
     made.settle("a")
     assert hit(made, keys, tokens).furthest == 688
+
+
+def test_what_another_replica_stores_is_no_sign_that_a_prompt_is_computed() -> None:
+    made = index("r")
+    keys = prompt(700, 0)[1]
+    booked(made, "a", 700, 0)
+    made.apply("r", 1, 1, [AllBlocksCleared()])
+    while made.sweep(1000):
+        pass
+    made.apply("s", 1, 0, [], RULE)
+    made.book("s", "b", *prompt(700, 1), Hit(0, 0, None))
+    made.apply("s", 1, 1, [BlockStored(keys, 0)])  # in lanes that were r's
+    assert made.take_computed() == []
+    made.settle("a")
