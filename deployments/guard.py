@@ -26,7 +26,7 @@ OPEN = ("/health",)
 """Paths that need no key."""
 _MEMORY = "/memory"
 _TENANTS_PART = 0.75
-"""Of `limits.requests`: what one tenant may have in progress, so that others find a place."""
+"""Of `limits.requests` and `limits.bodies`: what one tenant may have in progress, so that others find a place."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Guard:
         self._keys = None if auth is None else LiveKeys(auth.keys_file, auth.keys_variable)
         self._quotas = Quotas()
         self._running: Counter[str | None] = Counter()
-        self._held = 0
+        self._held: Counter[str | None] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -104,15 +104,15 @@ class Guard:
         except ClientDisconnect:
             pass
         finally:
-            self._held -= sum(map(len, parts))
+            self._held[_tenant(scope)] -= sum(map(len, parts))
+            self._held += Counter()  # forgets tenants without requests
 
     async def _run(self, scope: Scope, receive: Receive, send: Send, *, counted: bool = True) -> None:
         """Hand a whole request on, unless there are too many."""
         if not counted:
             await self._app(scope, receive, send)
             return
-        key, most = scope["state"]["admitted"].key, self._limits.requests
-        tenant = key and key.tenant
+        tenant, most = _tenant(scope), self._limits.requests
         if self._running.total() >= most:
             refused = overloaded(f"{most} requests are in progress (limits.requests)")
         elif tenant is not None and self._running[tenant] >= math.ceil(most * _TENANTS_PART):
@@ -123,7 +123,7 @@ class Guard:
                 await self._app(scope, receive, send)
             finally:
                 self._running[tenant] -= 1
-                self._running += Counter()  # forgets tenants without requests
+                self._running += Counter()
             return
         await refused(scope, receive, send)
 
@@ -132,7 +132,8 @@ class Guard:
 
         Raises ClientDisconnect where the client went.
         """
-        most, size = int(self._limits.body), 0
+        most, size, tenant = int(self._limits.body), 0, _tenant(scope)
+        tenants_most = max(most, self._limits.bodies * _TENANTS_PART)
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > most:
             return _too_large(most)
@@ -144,15 +145,24 @@ class Guard:
                         raise ClientDisconnect
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
-                    self._held += len(parts[-1])
+                    self._held[tenant] += len(parts[-1])
                     if size > most:
                         return _too_large(most)
-                    if self._held > self._limits.bodies:
+                    if self._held.total() > self._limits.bodies:
                         return overloaded(f"requests of {self._limits.bodies:,} bytes are in progress (limits.bodies)")
+                    if tenant is not None and self._held[tenant] > tenants_most:
+                        return overloaded(
+                            f"requests of your tenant of {tenants_most:,.0f} bytes are in progress (limits.bodies)"
+                        )
                     if not message.get("more_body", False):
                         return None
         except TimeoutError:
             return body_is_late(self._limits)
+
+
+def _tenant(scope: Scope) -> str | None:
+    key = scope["state"]["admitted"].key
+    return key and key.tenant
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -271,3 +271,16 @@ async def test_one_tenant_leaves_places_for_others(tmp_path: Path) -> None:
         assert await post("other") == 200
         assert sorted(await asyncio.gather(*flood)) == [200] * 3 + [503] * 3
         assert await post("one") == 200
+    async with client(ring, tmp_path, body=100, bodies=400) as http:
+
+        async def send(who: str) -> int:
+            got = await http.post("/x", content="x" * 100, headers=bearer(keys[who]) | {"x-wait": "0.3"})
+            return got.status_code
+
+        for _ in range(2):  # what is over no longer counts
+            flood = [asyncio.create_task(send("one")) for _ in range(5)]
+            await asyncio.sleep(0.1)
+            assert await send("other") == 200
+            assert sorted(await asyncio.gather(*flood)) == [200] * 3 + [503] * 2
+    async with client(ring, tmp_path, body=100, bodies=100) as http:
+        assert await send("one") == 200, "any one body that is allowed fits"
