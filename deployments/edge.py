@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from deployments.errors import RETRY_AFTER_S, error_body
 
 HEAD_S = 20.0
-"""Seconds from the connection, or from a request's first byte, to the end of its head."""
+"""Seconds from the connection, a request's first byte, or the rest of an answered one, to the end of a head."""
 HEAD_BYTES = 64 << 10
 """Of a head, and of what comes beside a body: trailers, extensions of chunks."""
 STALLED_S = 60.0
@@ -113,6 +113,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._aside += len(data)
         super().data_received(data)
+        if self._head is None and self.cycle is not None and self.cycle.response_complete:
+            # The rest of a body that was answered already; uvicorn's keep-alive would wait for ever.
+            self._await_head()
         if self._aside > HEAD_BYTES:
             self._refuse(431, f"The request's headers are larger than {HEAD_BYTES:,} bytes.", "headers_too_large")
 
@@ -139,6 +142,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def _await_head(self) -> None:
+        if self.transport.is_closing():
+            return
         self._head = self.loop.call_later(HEAD_S, self._late)
 
     def _head_ended(self) -> None:

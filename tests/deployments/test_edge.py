@@ -18,9 +18,9 @@ LARGE = b"x" * (1 << 20)
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     """The request's headers, or more than anybody's buffers hold."""
-    message = await receive()
-    while message.get("more_body"):
-        message = await receive()
+    more = scope["path"] != "/early"
+    while more:
+        more = (await receive()).get("more_body", False)
     if scope["path"] == "/late":
         await asyncio.sleep(1)
     await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -138,6 +138,27 @@ async def test_connections_are_bounded_and_refused_honestly(monkeypatch: pytest.
         while b" 503 " in (answer := await said(port, get())):
             await asyncio.sleep(0.05)
         assert b" 200 " in answer
+
+
+@pytest.mark.asyncio
+async def test_the_rest_of_a_body_that_nobody_waits_for_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "HEAD_S", 0.3)
+    head = get(b"Content-Length: 3").replace(b" / ", b" /early ").replace(b"close", b"keep-alive")
+    async with serving(monkeypatch) as (port, server):
+        for rest in (b"x", b"xyz", b"xyzGET"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head)
+            assert b" 200 " in await reader.readuntil(b"\r\n0\r\n\r\n")
+            writer.write(rest)
+            assert b" 408 " in await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head)
+        await reader.readuntil(b"\r\n0\r\n\r\n")
+        writer.write(b"xyz" + get())
+        assert b" 200 " in await asyncio.wait_for(reader.read(), 20), "and then the next request"
+        writer.close()
+        assert not server.server_state.connections
 
 
 async def gone(what: Callable[[], object]) -> None:
