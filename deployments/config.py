@@ -281,8 +281,8 @@ class Limits(Section):
     grammar: Annotated[ByteSize, Field(gt=0)] = Field(
         ByteSize(64 << 10), description="size of a response format or a structured output, which becomes a grammar"
     )
-    request_s: PositiveFloat = Field(600, description="seconds from the first byte to the end of the answer")
-    body_s: PositiveFloat = Field(60, description="seconds from the first byte to the end of the body")
+    request_s: PositiveFloat = Field(600, description="seconds from the end of the headers to the end of the answer")
+    body_s: PositiveFloat = Field(60, description="seconds from the end of the headers to the end of the body")
     requests: PositiveInt = Field(1024, description="requests in progress in one ingress; more are told to come back")
     bodies: Annotated[ByteSize, Field(gt=0)] = Field(
         ByteSize(256 << 20), description="size of the bodies of all requests of one ingress together"
