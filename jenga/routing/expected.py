@@ -88,6 +88,10 @@ class Expected:
         self._end_of: dict[str, tuple[int, int]] = {}
         self._computed: list[str] = []
 
+    def __bool__(self) -> bool:
+        """Whether anything is expected, a page or the end of a prompt."""
+        return bool(self.blocks or self._ends)
+
     def add(self, request: str, lane: int, keys: Sequence[int]) -> None:
         """`request` will store these blocks."""
         blocks = self.blocks

@@ -452,7 +452,7 @@ class BlockIndex:
     def _store(self, keys: list[int], lane: int, copies: dict[int, int], pages: int) -> None:
         blocks = self._blocks
         get = blocks.get
-        if self._expected.blocks:
+        if self._expected:
             self._expected.arrived(lane, keys)
         for key in keys:
             holders = get(key)

@@ -188,6 +188,17 @@ def test_a_prompt_is_computed_when_its_last_page_is_stored() -> None:
     assert hit(made, keys, tokens).furthest == 688
 
 
+def test_a_prompt_is_computed_although_an_equal_one_was_given_up() -> None:
+    made = index("r")
+    keys = prompt(500, 0)[1]
+    assert booked(made, "a", 500, 0).tokens == 0
+    assert booked(made, "b", 500, 0).tokens == SYSTEM, "it computes the rest again, and counts as the last to store it"
+    made.apply("r", 1, 1, [BlockStored(keys[:20], group) for group in range(3)])
+    made.settle("b")
+    made.apply("r", 1, 2, [BlockStored(keys[20:], group) for group in (1, 0)])
+    assert made.take_computed() == ["a"]
+
+
 def test_what_another_replica_stores_is_no_sign_that_a_prompt_is_computed() -> None:
     made = index("r")
     keys = prompt(700, 0)[1]
