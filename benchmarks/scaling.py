@@ -449,14 +449,15 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, rows = pyplot.subplots(len(results), 1, figsize=(9, 2.4 * len(results)), sharex=True, squeeze=False)
+    figure, rows = pyplot.subplots(len(results), 1, figsize=(9, 0.5 + 2.6 * len(results)), sharex=True, squeeze=False)
     for (name, run), (axis,) in zip(results.items(), rows, strict=True):
         times = run["timeline"]["seconds"]
         axis.step(
             times, run["timeline"]["paid"], where="post", color="0.75", label="replicas, starting and stopping too"
         )
         axis.step(times, run["timeline"]["running"], where="post", color="tab:blue", label="replicas that run")
-        axis.set(ylabel=name, ylim=(0, None), xlim=(0, run["seconds"]))
+        most = max(run["timeline"]["paid"])
+        axis.set(ylabel=f"replicas ({name})", ylim=(-0.5, most + 0.5), yticks=range(most + 1), xlim=(0, times[-1]))
         waits = axis.twinx()
         waits.plot(
             [at for at, *_ in run["answered"]],
@@ -469,8 +470,16 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
         waits.yaxis.label.set_color("tab:red")
         for at, phase in run["marks"]:
             axis.axvline(at, color="0.9", zorder=0)
-            axis.annotate(phase, (at, 0), xytext=(2, 2), textcoords="offset points", fontsize=7)
-    rows[0][0].legend(fontsize=7, loc="upper right")
+            axis.annotate(
+                phase,
+                (at, 0),
+                xycoords=("data", "axes fraction"),
+                xytext=(2, 2),
+                textcoords="offset points",
+                rotation=90,
+                fontsize=7,
+            )
+    rows[0][0].legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     rows[-1][0].set_xlabel("seconds")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
