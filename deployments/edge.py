@@ -117,7 +117,7 @@ class BoundedProtocol(HttpToolsProtocol):
             # The rest of a body that was answered already; uvicorn's keep-alive would wait for ever.
             self._await_head()
         if self._aside > HEAD_BYTES:
-            self._refuse(431, f"The request's headers are larger than {HEAD_BYTES:,} bytes.", "headers_too_large")
+            self._too_large()
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
@@ -127,17 +127,27 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A request's head is whole."""
+        if self.transport.is_closing():
+            return
         self._head_ended()
         self._aside = 0
-        super().on_headers_complete()
+        # What came in one piece was not counted on the way.
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > HEAD_BYTES:
+            self._too_large()
+        else:
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """A part of a body."""
+        if self.transport.is_closing():
+            return
         self._aside = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """A request is whole."""
+        if self.transport.is_closing():
+            return
         self._aside = 0
         super().on_message_complete()
 
@@ -150,6 +160,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head is not None:
             self._head.cancel()
             self._head = None
+
+    def _too_large(self) -> None:
+        self._refuse(431, f"The request's headers are larger than {HEAD_BYTES:,} bytes.", "headers_too_large")
 
     def _late(self) -> None:
         if self.pipeline or not (self.cycle is None or self.cycle.response_complete):

@@ -96,6 +96,11 @@ async def test_a_head_ends_in_time_and_in_size(monkeypatch: pytest.MonkeyPatch) 
         assert second.startswith(b" 408 ")
         for endless in (b"X: " + LARGE, b"X: y\r\n" * 100_000):
             assert b" 431 " in await said(port, b"GET / HTTP/1.1\r\n" + endless[:40_000], endless[40_000:80_000])
+        # In one piece with its end, with and without a body behind it.
+        for method in (b"GET", b"POST"):
+            whole = get(b"X: " + b"a" * 100_000, b"Content-Length: 2").replace(b"GET", method)
+            assert b" 431 " in await said(port, whole + b"{}")
+        assert b" 200 " in await said(port, get(b"X: " + b"a" * 60_000))
         # What comes beside a body counts as well.
         chunked = get(b"Transfer-Encoding: chunked").replace(b"close", b"keep-alive")
         for endless in (b"0\r\nX: " + LARGE, b"1;" + LARGE):
