@@ -3,6 +3,7 @@
 All of it uses one deployment, `served` in conftest.py, which test_hostile.py has abused before.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -440,10 +441,20 @@ def test_top_finds_the_deployment(served: Running) -> None:
     assert shown.stdout.count("sliding_window_64") == len(told["replicas"]) == 2
 
 
+def engine_cores(above: psutil.Process) -> list[psutil.Process]:
+    """vLLM's engine cores among a process's descendants, of which some may end meanwhile."""
+    found = []
+    for process in above.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one, too
+            if "EngineCore" in process.name() + " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def test_a_killed_engine_costs_no_request_and_is_promised_nothing(served: Running) -> None:
     shown = reports(served)
     supervisor = psutil.Process(served.record.supervisor.pid)
-    engines = [p for p in supervisor.children(recursive=True) if "EngineCore" in p.name() + " ".join(p.cmdline())]
+    engines = engine_cores(supervisor)
     assert len(engines) == 2
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask_about_tables, served, 12, 200 + 10 * i) for i in range(4)]
@@ -452,7 +463,7 @@ def test_a_killed_engine_costs_no_request_and_is_promised_nothing(served: Runnin
         assert all(future.result()[0] >= 10 for future in asked), "every request is answered, by the other replica"
     end = time.monotonic() + 120
     while True:
-        alive = [p for p in supervisor.children(recursive=True) if "EngineCore" in p.name() + " ".join(p.cmdline())]
+        alive = engine_cores(supervisor)
         if len(alive) == 2 and jenga(served.state, "status").returncode == 0:
             break
         assert time.monotonic() < end, "the replica comes back"
