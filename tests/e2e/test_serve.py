@@ -441,6 +441,12 @@ def test_top_finds_the_deployment(served: Running) -> None:
     assert shown.stdout.count("sliding_window_64") == len(told["replicas"]) == 2
 
 
+def followed(running: Running) -> float:
+    """Replicas whose stream of events a router follows without a gap."""
+    found = re.findall(r'^ray_jenga_router_replicas\{.*stream="in_order".*\} ([\d.e+]+)$', running.scrape(), re.MULTILINE)
+    return max(map(float, found), default=0.0)
+
+
 def engine_cores(above: psutil.Process) -> list[psutil.Process]:
     """vLLM's engine cores among a process's descendants, of which some may end meanwhile."""
     found = []
@@ -468,6 +474,10 @@ def test_a_killed_engine_costs_no_request_and_is_promised_nothing(served: Runnin
             break
         assert time.monotonic() < end, "the replica comes back"
         time.sleep(2)
+    # What is sent to a replica whose stream no router follows yet is promised nothing, and not counted.
+    end = time.monotonic() + 30
+    while followed(served) < 2 and time.monotonic() < end:
+        time.sleep(1)
     time.sleep(8)
     before = predictions(served)
     ask_about_tables(served, 40, seed=300)
