@@ -443,7 +443,8 @@ def test_top_finds_the_deployment(served: Running) -> None:
 
 def followed(running: Running) -> float:
     """Replicas whose stream of events a router follows without a gap."""
-    found = re.findall(r'^ray_jenga_router_replicas\{.*stream="in_order".*\} ([\d.e+]+)$', running.scrape(), re.MULTILINE)
+    pattern = r'^ray_jenga_router_replicas\{.*stream="in_order".*\} ([\d.e+]+)$'
+    found = re.findall(pattern, running.scrape(), re.MULTILINE)
     return max(map(float, found), default=0.0)
 
 
