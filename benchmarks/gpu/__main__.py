@@ -64,10 +64,11 @@ def throughput_(
     compiled: Annotated[bool, typer.Option(help="torch.compile as well as CUDA graphs (minutes of start-up).")] = True,
     profile: Annotated[bool, typer.Option(help="Also trace 20 steps of each workload.")] = False,
     until: Annotated[float, typer.Option(help="Seconds after which no further engine is started.")] = 1e9,
+    trace: Annotated[Path | None, typer.Option(help="Mooncake's conversation trace, to ask its requests too.")] = None,
 ) -> None:
     """Requests resident, tokens per second and latencies, one engine at a time."""
     environment(out)
-    throughput.run(out, model or [], contender or [], repeats, compiled, profile, until)
+    throughput.run(out, model or [], contender or [], repeats, compiled, profile, until, trace)
 
 
 if __name__ == "__main__":

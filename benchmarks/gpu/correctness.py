@@ -86,13 +86,13 @@ CASES = [
     Case("gemma-3-27b", "V2, Triton attention", GRAPHS | TRITON, V2),
     Case("gemma-3-27b", "V2, fp8 KV", GRAPHS | {"kv_cache_dtype": "fp8"}, V2, 0.5),
     Case("qwen3-next-80b", "V2, Triton attention", GRAPHS | TRITON, V2),
-    Case(models.WHISPER, "V1, eager", EAGER, V1),
+    Case(models.WHISPER, "V1, eager, audio", EAGER, V1),
     _far("kimi-linear-48b"),
     *(
         Case(m, "V2, graphs, async scheduling", GRAPHS | {"async_scheduling": True}, V2, separate=True)
         for m in ("gemma-3-27b", "falcon-h1-34b", "qwen3-next-80b")
     ),
-    Case(models.WHISPER, "V2, graphs", GRAPHS, V2),
+    Case(models.WHISPER, "V2, graphs, audio", GRAPHS, V2),
 ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512]
 COMPILED = {"compilation_config": {"cudagraph_capture_sizes": SIZES}}
 GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES}}
 PROFILER = {"profiler": "torch", "torch_profiler_with_stack": False, "torch_profiler_use_gzip": True}
+BATCHED = 8192
+"""Tokens of a step: what `vllm serve` takes on this GPU."""
 WARMING = 6
 """Engines that fill torch.compile's cache at a time."""
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,7 +40,7 @@ class Load:
     kv_gib: float
     workloads: tuple[tuple[Any, ...], ...]
     contenders: tuple[str, ...]
-    longest: int = 2048
+    longest: int = 8192
     running: int = 256
     """Most requests at a time; vLLM refuses more than it has blocks for states."""
     engine: dict[str, Any] = field(default_factory=dict)
@@ -46,32 +48,42 @@ class Load:
 
 HYBRID = ("jenga", "stock", "stock, no caching")
 WINDOWS = ("jenga", "stock", "hybrid manager off")
-SHARING = (("agents", 240), ("conversations", 24))
+# Prefixes of 480 tokens, and of 4,096 as agents with many tools have them.
+SHARING = (("agents", 160), ("agents", 64, 8, 4096), ("conversations", 16))
 LOADS = [
-    Load("falcon-h1-34b", 4, (("chat", 480), *SHARING), HYBRID, running=160),
-    Load("gemma-3-27b", 6, (("chat", 480), ("documents", 40), *SHARING), WINDOWS, longest=16384),
-    Load("qwen3-next-80b", 1.5, (("chat", 480), *SHARING), HYBRID, running=160),
-    Load("llama-3.1-8b", 1.5, (("chat", 480), ("agents", 240)), ("jenga", "stock")),
-    Load("kimi-linear-48b", 2, (("chat", 480), *SHARING), HYBRID, running=104),
-    Load("nemotron-h-8b", 2.5, (("chat", 480), *SHARING), HYBRID, running=100),
-    Load("gpt-oss-120b", 1, (("chat", 480), ("documents", 40)), WINDOWS, longest=16384),
+    Load("falcon-h1-34b", 4, (("chat", 320), *SHARING), HYBRID, running=160),
+    Load("gemma-3-27b", 6, (("chat", 320), ("documents", 32), *SHARING), WINDOWS, longest=16384),
+    Load("qwen3-next-80b", 1.5, (("chat", 320), *SHARING), HYBRID, running=160),
+    Load("llama-3.1-8b", 1.5, (("chat", 320), ("agents", 160)), ("jenga", "stock")),
+    Load("kimi-linear-48b", 2, (("chat", 320), *SHARING), HYBRID, running=104),
+    Load("nemotron-h-8b", 2.5, (("chat", 320), *SHARING), HYBRID, running=100),
+    Load("gpt-oss-120b", 1, (("chat", 320), ("documents", 32)), WINDOWS, longest=16384),
 ]
 
 
 def run(
-    out: Path, chosen: list[str], who: list[str], repeats: int, compiled: bool, profile: bool, until_s: float
+    out: Path,
+    chosen: list[str],
+    who: list[str],
+    repeats: int,
+    compiled: bool,
+    profile: bool,
+    until_s: float,
+    trace: Path | None = None,
 ) -> list[dict[str, Any]]:
     """All engines of the chosen models, one after the other; rows are printed and saved as they come.
 
-    An engine that would start later than `until_s` seconds from now is left out, and said so.
+    An engine that would start later than `until_s` seconds from now is left out, and said so.  With Mooncake's `trace`,
+    its first requests are asked as well.
     """
     folder = out / "work"
     rows: list[dict[str, Any]] = []
     processes.preload()
     begun = time.perf_counter()
+    loads = LOADS if trace is None else [with_trace(load, trace) for load in LOADS]
     pairs = [
         (load, each)
-        for load in LOADS
+        for load in loads
         for each in load.contenders
         if (not chosen or load.model in chosen) and (not who or each in who)
     ]
@@ -104,7 +116,7 @@ def job(folder: Path, load: Load, who: str, repeats: int, compiled: bool, profil
     """One engine; without repeats it only starts."""
     jenga, engine = CONTENDERS[who]
     scratch = folder / f"{load.model}-{who.replace(', ', '-').replace(' ', '-')}"
-    given, taken = scratch.with_suffix(".spec.json"), scratch.with_suffix(".json")
+    given, taken, log = (Path(f"{scratch}.{suffix}") for suffix in ("spec.json", "json", "log"))
     spec = {
         "model": str(folder / load.model),
         "repeats": repeats,
@@ -114,6 +126,7 @@ def job(folder: Path, load: Load, who: str, repeats: int, compiled: bool, profil
             **models.RANDOM,
             "max_model_len": load.longest,
             "max_num_seqs": load.running,
+            "max_num_batched_tokens": BATCHED,
             "gpu_memory_utilization": 0.9 if repeats else 0.1,
             "kv_cache_memory_bytes": int(load.kv_gib * GIB),
             **(COMPILED if compiled else GRAPHS),
@@ -124,12 +137,17 @@ def job(folder: Path, load: Load, who: str, repeats: int, compiled: bool, profil
         },
     }
     given.write_text(json.dumps(spec))
-    return processes.Job(serve.run, (given, taken), {"JENGA": jenga}, scratch.with_suffix(".log"), LIMIT_S)
+    return processes.Job(serve.run, (given, taken), {"JENGA": jenga}, log, LIMIT_S)
+
+
+def with_trace(load: Load, trace: Path, requests: int = 48) -> Load:
+    """The load with the first requests of a trace that fit."""
+    return replace(load, workloads=(*load.workloads, ("mooncake", requests, str(trace), load.longest)))
 
 
 def asks(engine: dict[str, Any], workload: tuple[Any, ...]) -> bool:
     """Whether an engine is asked this: conversations without prefix caching would only take time."""
-    return bool(engine["enable_prefix_caching"]) or workload[0] != "conversations"
+    return bool(engine["enable_prefix_caching"]) or workload[0] not in ("conversations", "mooncake")
 
 
 def show(row: dict[str, Any], elapsed: float) -> None:

@@ -51,14 +51,14 @@ def documents(seed: int, requests: int) -> Workload:
 
 
 def agents(seed: int, requests: int, shared: int = 8, length: int = 480) -> Workload:
-    """One of a few system prompts of 480 tokens, then 48 to 160 tokens of one's own; 16 to 48 are said in answer."""
+    """One of a few system prompts of `length` tokens, then 48 to 160 of one's own; 16 to 48 are said in answer."""
     rng = random.Random(seed)
     prefixes = [_some(rng, length) for _ in range(shared)]
     clients = [
         Client(((prefixes[rng.randrange(shared)] + _some(rng, rng.randint(48, 160)), rng.randint(16, 48)),))
         for _ in range(requests)
     ]
-    return Workload("480-token shared prefixes", tuple(clients), 16, (requests - shared) * length)
+    return Workload(f"{length:,}-token shared prefixes", tuple(clients), 16, (requests - shared) * length)
 
 
 def conversations(seed: int, clients: int, turns: int = 10) -> Workload:
@@ -76,13 +76,18 @@ def conversations(seed: int, clients: int, turns: int = 10) -> Workload:
 
 
 def mooncake(path: Path, requests: int, longest: int) -> Workload:
-    """The first requests of Mooncake's conversation trace no longer than `longest` tokens, all at once."""
+    """The first requests of Mooncake's conversation trace no longer than `longest` tokens, in order."""
     contents: dict[int, Tokens] = {}
+    seen: set[int] = set()
+    possible = 0
     clients: list[Client] = []
     for asked in read_mooncake(path):
         if asked.tokens > longest or asked.output_tokens < 2:
             continue
         prompt: Tokens = []
+        known = next((i for i, block in enumerate(asked.blocks) if block not in seen), len(asked.blocks))
+        possible += min(known * asked.block_tokens, asked.prompt_tokens - 1)
+        seen.update(asked.blocks)
         for block in asked.blocks:
             if block not in contents:
                 contents[block] = _some(random.Random(block), asked.block_tokens)
@@ -90,7 +95,7 @@ def mooncake(path: Path, requests: int, longest: int) -> Workload:
         clients.append(Client(((prompt[: asked.prompt_tokens], min(asked.output_tokens, 128)),)))
         if len(clients) == requests:
             break
-    return Workload("Mooncake conversation", tuple(clients))
+    return Workload("Mooncake conversation", tuple(clients), 16, possible)
 
 
 NAMES: dict[str, Callable[[int, int], Workload]] = {
