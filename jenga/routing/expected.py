@@ -36,7 +36,8 @@ def stored_by(
         after, before = hit.tokens // size, len(keys) // scale
         for length in sorted(lengths, reverse=True):
             needed = policy.pages_of_hit(length // size, size)
-            mine += (keys[(page + 1) * scale - 1] for page in range(max(after, needed.start), min(before, needed.stop)))
+            start, stop = max(after, needed.start), min(before, needed.stop)
+            mine += keys[(start + 1) * scale - 1 : stop * scale : scale]
             before = min(before, needed.start)
         found.append(mine)
     return found
@@ -74,9 +75,10 @@ class Junctions(SharedPrefixes):
 
 
 class Expected:
-    """Pages that are not stored yet, by the requests that will store them.  A lane is a bit of the index.
+    """Pages of windows and states that are not stored yet, by the requests that will store them, and prompts' ends.
 
-    Of several requests the last one counts: it comes behind the others, who will have stored the page by its end.
+    A lane is a bit of the index.  Of several requests the last one counts: it comes behind the others, who will have
+    stored the page by its end.
     """
 
     def __init__(self) -> None:
@@ -84,13 +86,9 @@ class Expected:
         """Lanes by block, as in the index."""
         self._last: dict[int, dict[int, str]] = {}  # lane: block: request
         self._by_request: dict[str, list[tuple[int, Sequence[int]]]] = {}
-        self._ends: dict[tuple[int, int], list[str]] = {}  # lane and block: requests whose prompts end with it
+        self._ends: dict[int, dict[int, list[str]]] = {}  # lane: block: requests whose prompts end with it
         self._end_of: dict[str, tuple[int, int]] = {}
         self._computed: list[str] = []
-
-    def __bool__(self) -> bool:
-        """Whether anything is expected, a page or the end of a prompt."""
-        return bool(self.blocks or self._ends)
 
     def add(self, request: str, lane: int, keys: Sequence[int]) -> None:
         """`request` will store these blocks."""
@@ -106,7 +104,7 @@ class Expected:
 
     def ends_with(self, request: str, lane: int, key: int) -> None:
         """This block is the last that `request` stores: then its prompt is computed (`take_computed`)."""
-        self._ends.setdefault((lane, key), []).append(request)
+        self._ends.setdefault(lane, {}).setdefault(key, []).append(request)
         self._end_of[request] = lane, key
 
     def take_computed(self) -> list[str]:
@@ -116,12 +114,13 @@ class Expected:
 
     def arrived(self, lane: int, keys: Iterable[int]) -> None:
         """These blocks are stored: what becomes of them is told by events."""
-        if self._ends:
+        ends, last = self._ends.get(lane), self._last.get(lane)
+        if ends and not ends.keys().isdisjoint(keys):
             for key in keys:
-                for request in self._ends.pop((lane, key), ()):
+                for request in ends.pop(key, ()):
                     del self._end_of[request]
                     self._computed.append(request)
-        if last := self._last.get(lane):
+        if last and not last.keys().isdisjoint(keys):
             for key in keys:
                 if last.pop(key, None) is not None:
                     self._clear(key, lane)
@@ -129,30 +128,26 @@ class Expected:
     def settle(self, request: str) -> None:
         """`request` is done; what it has not stored by now does not come.  An unknown one is no error."""
         if (end := self._end_of.pop(request, None)) is not None:
-            self._ends[end].remove(request)
-            if not self._ends[end]:
-                del self._ends[end]
-        blocks = self.blocks
+            lane, key = end
+            ends = self._ends[lane]
+            ends[key].remove(request)
+            if not ends[key]:
+                del ends[key]
         for lane, keys in self._by_request.pop(request, ()):
             last = self._last.get(lane, {})
-            owner = last.get
-            for key in keys:  # in line: most of what a booking costs
-                if owner(key) == request:
+            for key in keys:
+                if last.get(key) == request:
                     del last[key]
-                    if left := blocks[key] & ~lane:
-                        blocks[key] = left
-                    else:
-                        del blocks[key]
+                    self._clear(key, lane)
 
     def forget(self, lanes: Iterable[int]) -> None:
         """Nothing is expected of these lanes any more, which may be another replica's next."""
-        gone = set(lanes)
-        for lane in gone:
+        for lane in lanes:
             for key in self._last.pop(lane, {}):
                 self._clear(key, lane)
-        for end in [end for end in self._ends if end[0] in gone]:
-            for request in self._ends.pop(end):
-                del self._end_of[request]
+            for requests in self._ends.pop(lane, {}).values():
+                for request in requests:
+                    del self._end_of[request]
 
     def _clear(self, key: int, lane: int) -> None:
         if left := self.blocks[key] & ~lane:

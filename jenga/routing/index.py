@@ -18,6 +18,7 @@ from jenga.hits import Hit
 from jenga.policies.pages import PageBits
 from jenga.routing.events import ON_DEVICE, BlockRemoved, BlockStored, Event, JunctionsLearned, Snapshot, keys_of
 from jenga.routing.expected import Expected, Junctions, stored_by
+from jenga.routing.prompts import PromptTree
 from jenga.routing.rule import HitRule
 from jenga.routing.sequence import Sequencer
 
@@ -137,7 +138,8 @@ class BlockIndex:
         self._sweep: Iterator[int] | None = None
         self._sweeping = 0  # lanes that the sweep under way clears
         self._view: _View | None = None  # None: replicas, rules or lanes have changed
-        self._expected = Expected()
+        self._prompts = PromptTree()  # on their way: all pages of full attention
+        self._expected = Expected()  # and what they keep in other groups
         self._taught: dict[str, Junctions] = {}  # by requests on their way, which teach them something
         self._batches = self._block_events = self._repeated = self._gaps = 0
         self._restarts = self._snapshots = self._inconsistent = 0
@@ -247,19 +249,6 @@ class BlockIndex:
 
     # -- requests on their way ------------------------------------------------------------------------------
 
-    def expect(self, replica: str, request: str, pages: Sequence[Sequence[int]]) -> None:
-        """`request` was sent to a replica and will store these blocks, by group (`jenga.routing.expected.stored_by`).
-
-        Until `settle`, those not stored yet count as if they were.  An unknown replica is no error.
-        """
-        stream = self._replicas.get(replica)
-        if stream is not None and stream.trusted:
-            for group, keys in enumerate(pages):
-                lane = self._lane(stream, group)
-                if not self._blocks.keys().isdisjoint(keys):
-                    keys = [key for key in keys if not self._blocks.get(key, 0) & lane]
-                self._expected.add(request, lane, keys)
-
     def book(self, replica: str, request: str, tokens: Sequence[int], keys: Sequence[int], hit: Hit) -> None:
         """`request`, a prompt of `tokens` with the block `keys`, was sent to a replica where it will find `hit`.
 
@@ -273,15 +262,23 @@ class BlockIndex:
         if hit.furthest > hit.tokens:
             stream.junctions.expect(request, keys[hit.furthest // rule.hash_tokens - 1])
             self._taught[request] = stream.junctions
-        self.expect(replica, request, stored_by(rule, tokens, keys, hit, stream.junctions))
-        dense = next((g for g, group in enumerate(rule.groups) if group.policy.token_pages), None)
-        if dense is not None:
-            scale = rule.groups[dense].page_tokens // rule.hash_tokens
-            if (pages := len(keys) // scale) > hit.tokens // rule.groups[dense].page_tokens:
-                self._expected.ends_with(request, self._lane(stream, dense), keys[pages * scale - 1])
+        dense, told = 0, False
+        for number, pages in enumerate(stored_by(rule, tokens, keys, hit, stream.junctions)):
+            lane, group = self._lane(stream, number), rule.groups[number]
+            if group.policy.token_pages and not told:
+                told, scale = True, group.page_tokens // rule.hash_tokens
+                if (whole := len(keys) // scale) > hit.tokens // group.page_tokens:
+                    self._expected.ends_with(request, lane, keys[whole * scale - 1])
+            if group.dense:
+                dense |= lane
+            else:
+                self._expected.add(request, lane, [key for key in pages if not self._blocks.get(key, 0) & lane])
+        if dense:
+            self._prompts.add(request, dense, keys)
 
     def settle(self, request: str) -> None:
         """`request` is done: nothing more comes of it."""
+        self._prompts.settle(request)
         self._expected.settle(request)
         if (junctions := self._taught.pop(request, None)) is not None:
             junctions.settle(request)
@@ -320,6 +317,13 @@ class BlockIndex:
                     lane = changed & -changed
                     changed ^= lane
                     columns[lane] ^= from_here
+        for lanes, blocks in self._prompts.shared(keys):
+            for scale, alike in view.scales:
+                coming_pages, left = (1 << blocks // scale) - 1, lanes & alike
+                while left:
+                    lane = left & -left
+                    left ^= lane
+                    columns[lane] |= coming_pages
         known: dict[tuple[_Asked, tuple[int, ...]], Hit] = {}
         hits = {}
         for name, stream, asked, caches in view.replicas:
@@ -452,8 +456,7 @@ class BlockIndex:
     def _store(self, keys: list[int], lane: int, copies: dict[int, int], pages: int) -> None:
         blocks = self._blocks
         get = blocks.get
-        if self._expected:
-            self._expected.arrived(lane, keys)
+        self._expected.arrived(lane, keys)
         for key in keys:
             holders = get(key)
             if holders is None:
@@ -505,6 +508,7 @@ class BlockIndex:
         for lane in stream.lanes.values():
             self._retired |= lane
         self._expected.forget(stream.lanes.values())
+        self._prompts.forget(sum(stream.lanes.values()))
         stream.clear()
         self._view = None
 

@@ -10,6 +10,7 @@ from jenga.hits import GroupCache, Hit, longest_common_hit
 from jenga.policies import CachedTest, LayerPolicy, policy_class
 
 SCHEMA = 1
+_FAR = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class GroupRule:
     name: str
     policy: LayerPolicy
     page_tokens: int
+
+    @property
+    def dense(self) -> bool:
+        """Whether a prompt's every page is held while the request runs, and a hit needs all of them."""
+        return self.policy.token_pages and self.policy.resident_from(_FAR, self.page_tokens) == 0
 
 
 @dataclass(frozen=True)

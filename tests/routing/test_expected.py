@@ -12,6 +12,7 @@ from jenga.policies import FullAttention, RecurrentState, SlidingWindow
 from jenga.routing import BlockIndex, GroupRule, HitRule
 from jenga.routing.events import AllBlocksCleared, BlockRemoved, BlockStored, JunctionsLearned, Snapshot, decode
 from jenga.routing.expected import Junctions, stored_by
+from jenga.routing.index import NO_HIT
 
 MARK = 9
 RULE = HitRule(
@@ -55,51 +56,50 @@ def stored(pages: list[list[int]]) -> list[BlockStored]:
 def test_what_is_on_its_way_counts_until_it_is_settled() -> None:
     made = index("r", "other")
     tokens, keys = prompt(700, 0)
-    pages = stored_by(RULE, tokens, keys, Hit(0, 0, None), SharedPrefixes())
-    made.expect("r", "a", pages)
+    made.book("r", "a", tokens, keys, NO_HIT)
     other, names = prompt(800, 1)
     assert hit(made, names, other).tokens == SYSTEM, "the turn's start is where the engine keeps a state"
     assert hit(made, keys, tokens).tokens == 688, "and the prompt's end"
     assert hit(made, names, other, "other").tokens == 0
     made.settle("a")
     made.settle("a")
-    assert hit(made, keys, tokens).tokens == 0
+    assert hit(made, keys, tokens).furthest == 0
 
 
 def test_what_has_arrived_lives_and_dies_by_events() -> None:
     made = index("r")
     tokens, keys = prompt(700, 0)
-    pages = stored_by(RULE, tokens, keys, Hit(0, 0, None), SharedPrefixes())
+    pages = stored_by(RULE, tokens, keys, NO_HIT, SharedPrefixes())
     for request in ("a", "b"):
-        made.expect("r", request, pages)
+        made.book("r", request, tokens, keys, NO_HIT)
     made.apply("r", 1, 1, stored(pages))
     assert hit(made, keys, tokens).tokens == 688
     gone = [BlockRemoved(names, group) for group, names in enumerate(pages)]
     made.apply("r", 1, 2, gone)
-    assert hit(made, keys, tokens).tokens == 0, "evicted while both requests still run"
-    made.expect("r", "c", pages)
+    assert hit(made, keys, tokens).tokens == 0, "windows and states are evicted while both requests still run"
+    assert hit(made, keys, tokens).furthest == 688, "who was put back computes its prompt again before others come"
+    made.book("r", "c", tokens, keys, NO_HIT)
     made.settle("a")
     made.settle("b")
     assert hit(made, keys, tokens).tokens == 688, "others' ends are not c's"
     made.settle("c")
-    assert hit(made, keys, tokens).tokens == 0
+    assert hit(made, keys, tokens).furthest == 0
 
 
 def test_nothing_is_expected_of_a_replica_that_restarted_or_is_not_trusted() -> None:
     made = index("r")
     tokens, keys = prompt(700, 0)
-    pages = stored_by(RULE, tokens, keys, Hit(0, 0, None), SharedPrefixes())
-    made.expect("r", "a", pages)
+    made.book("r", "a", tokens, keys, NO_HIT)
     made.apply("r", 2, 0, [], RULE)
-    assert hit(made, keys, tokens).tokens == 0
+    assert hit(made, keys, tokens).furthest == 0
     made.reached("r", 2, 5)
-    made.expect("r", "b", pages)
+    made.book("r", "b", tokens, keys, NO_HIT)
     made.replay_ended("r", 2, 1)
     for sequence in range(1, 5):
         made.apply("r", 2, sequence, [])
     assert made.trusted("r")
-    assert hit(made, keys, tokens).tokens == 0
-    made.expect("unknown", "c", pages)
+    assert hit(made, keys, tokens).furthest == 0
+    made.book("unknown", "c", tokens, keys, NO_HIT)
     made.settle("c")
 
 
@@ -114,9 +114,8 @@ def test_expected_equals_stored() -> None:
             assert found == hit(there, keys, tokens)
             if found.furthest > found.tokens:
                 shared.learn(keys[found.furthest // 16 - 1])
-            pages = stored_by(RULE, tokens, keys, found, shared)
-            coming.expect("r", str(number), pages)
-            there.apply("r", 1, number + 1, stored(pages))
+            coming.book("r", str(number), tokens, keys, found)
+            there.apply("r", 1, number + 1, stored(stored_by(RULE, tokens, keys, found, shared)))
 
 
 def booked(made: BlockIndex, request: str, length: int, seed: int) -> Hit:
@@ -207,7 +206,7 @@ def test_what_another_replica_stores_is_no_sign_that_a_prompt_is_computed() -> N
     while made.sweep(1000):
         pass
     made.apply("s", 1, 0, [], RULE)
-    made.book("s", "b", *prompt(700, 1), Hit(0, 0, None))
+    made.book("s", "b", *prompt(700, 1), NO_HIT)
     made.apply("s", 1, 1, [BlockStored(keys, 0)])  # in lanes that were r's
     assert made.take_computed() == []
     made.settle("a")
