@@ -1,4 +1,4 @@
-"""Entry point: `python -m benchmarks.gpu correctness|throughput`.
+"""Entry point: `python -m benchmarks.gpu correctness|throughput|sanitize`.
 
 Needs one CUDA GPU with about 60 GiB and vLLM 0.32 with Jenga (`make install FLAVOUR=gpu`).  Weights are random.
 """
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.gpu import correctness, throughput
+from benchmarks.gpu import correctness, sanitize, throughput
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Out = Annotated[Path, typer.Option(help="Folder for results (JSON) and scratch files.")]
@@ -65,10 +65,23 @@ def throughput_(
     profile: Annotated[bool, typer.Option(help="Also trace 20 steps of each workload.")] = False,
     until: Annotated[float, typer.Option(help="Seconds after which no further engine is started.")] = 1e9,
     trace: Annotated[Path | None, typer.Option(help="Mooncake's conversation trace, to ask its requests too.")] = None,
+    fill: Annotated[bool, typer.Option(help="Compile for all engines at once before the first is measured.")] = True,
 ) -> None:
     """Requests resident, tokens per second and latencies, one engine at a time."""
     environment(out)
-    throughput.run(out, model or [], contender or [], repeats, compiled, profile, until, trace)
+    throughput.run(out, model or [], contender or [], repeats, compiled, profile, until, trace, fill)
+
+
+@app.command("sanitize")
+def sanitize_(
+    out: Out = Path("results/gpu"),
+    model: Annotated[str, typer.Option(help="Which small model.")] = "falcon-h1-34b",
+    limit: Annotated[float, typer.Option(help="Seconds that it may take.")] = 1200,
+) -> None:
+    """A short run under compute-sanitizer; exit status 1 if it finds something."""
+    environment(out)
+    if not sanitize.run(out, model, limit):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

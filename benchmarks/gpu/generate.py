@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,7 @@ def shortfalls(llm: Any, spec: dict[str, Any], rounds: list[list[list[int]]]) ->
             choices = output.prompt_logprobs[position]
             short.append(max(c.logprob for c in choices.values()) - choices[token].logprob)
     return short
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -47,17 +47,18 @@ class Load:
 
 
 HYBRID = ("jenga", "stock", "stock, no caching")
-WINDOWS = ("jenga", "stock", "hybrid manager off")
+WINDOWS = ("jenga", "hybrid manager off", "stock")
 # Prefixes of 480 tokens, and of 4,096 as agents with many tools have them.
 SHARING = (("agents", 160), ("agents", 64, 8, 4096), ("conversations", 16))
+ANSWERS = (("chat", 320), ("reasoning", 192))
 LOADS = [
-    Load("falcon-h1-34b", 4, (("chat", 320), *SHARING), HYBRID, running=160),
-    Load("gemma-3-27b", 6, (("chat", 320), ("documents", 32), *SHARING), WINDOWS, longest=16384),
-    Load("qwen3-next-80b", 1.5, (("chat", 320), *SHARING), HYBRID, running=160),
-    Load("llama-3.1-8b", 1.5, (("chat", 320), ("agents", 160)), ("jenga", "stock")),
-    Load("kimi-linear-48b", 2, (("chat", 320), *SHARING), HYBRID, running=104),
-    Load("nemotron-h-8b", 2.5, (("chat", 320), *SHARING), HYBRID, running=100),
-    Load("gpt-oss-120b", 1, (("chat", 320), ("documents", 32)), WINDOWS, longest=16384),
+    Load("falcon-h1-34b", 4, (*ANSWERS, *SHARING), HYBRID, running=160),
+    Load("llama-3.1-8b", 1.5, ANSWERS, ("jenga", "stock")),
+    Load("gemma-3-27b", 6, (ANSWERS[0], ("documents", 32), SHARING[1]), WINDOWS, longest=16384),
+    Load("qwen3-next-80b", 1.5, (*ANSWERS, *SHARING), HYBRID, running=160),
+    Load("kimi-linear-48b", 2, (*ANSWERS, *SHARING), HYBRID, running=104),
+    Load("nemotron-h-8b", 2.5, (*ANSWERS, *SHARING), HYBRID, running=100),
+    Load("gpt-oss-120b", 1, (*ANSWERS, ("documents", 32)), WINDOWS, longest=16384),
 ]
 
 
@@ -70,11 +71,12 @@ def run(
     profile: bool,
     until_s: float,
     trace: Path | None = None,
+    fill: bool = True,
 ) -> list[dict[str, Any]]:
     """All engines of the chosen models, one after the other; rows are printed and saved as they come.
 
     An engine that would start later than `until_s` seconds from now is left out, and said so.  With Mooncake's `trace`,
-    its first requests are asked as well.
+    its first requests are asked as well.  `fill`: torch.compile's cache is filled first, by several engines at a time.
     """
     folder = out / "work"
     rows: list[dict[str, Any]] = []
@@ -89,7 +91,7 @@ def run(
     ]
     for model in {load.model for load, _ in pairs}:
         models.make(model, folder, small=False)
-    if compiled:
+    if compiled and fill:
         jobs = [job(folder, load, each, 0, compiled) for load, each in pairs if each in ("jenga", "stock")]
         for number, words in processes.run(jobs, WARMING):
             if words:
@@ -146,8 +148,9 @@ def with_trace(load: Load, trace: Path, requests: int = 48) -> Load:
 
 
 def asks(engine: dict[str, Any], workload: tuple[Any, ...]) -> bool:
-    """Whether an engine is asked this: conversations without prefix caching would only take time."""
-    return bool(engine["enable_prefix_caching"]) or workload[0] not in ("conversations", "mooncake")
+    """Whether an engine is asked this: a yardstick for capacity is not asked about shared prefixes."""
+    yardstick = not engine["enable_prefix_caching"] or "disable_hybrid_kv_cache_manager" in engine
+    return not yardstick or workload[0] in ("chat", "reasoning", "documents")
 
 
 def show(row: dict[str, Any], elapsed: float) -> None:

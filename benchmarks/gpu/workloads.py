@@ -43,10 +43,17 @@ def chat(seed: int, requests: int) -> Workload:
     return Workload("short chat", tuple(clients))
 
 
-def documents(seed: int, requests: int) -> Workload:
-    """Long, unlike prompts of 6,000 to 12,000 tokens, answers of 64 to 128, all at once."""
+def reasoning(seed: int, requests: int) -> Workload:
+    """Short, unlike prompts of 64 to 256 tokens, long answers of 256 to 768, all at once."""
     rng = random.Random(seed)
-    clients = [Client(((_some(rng, rng.randint(6000, 12000)), rng.randint(64, 128)),)) for _ in range(requests)]
+    clients = [Client(((_some(rng, rng.randint(64, 256)), rng.randint(256, 768)),)) for _ in range(requests)]
+    return Workload("long answers", tuple(clients))
+
+
+def documents(seed: int, requests: int) -> Workload:
+    """Long, unlike prompts of 6,000 to 12,000 tokens, summaries of 128 to 512, all at once."""
+    rng = random.Random(seed)
+    clients = [Client(((_some(rng, rng.randint(6000, 12000)), rng.randint(128, 512)),)) for _ in range(requests)]
     return Workload("long documents", tuple(clients))
 
 
@@ -100,6 +107,7 @@ def mooncake(path: Path, requests: int, longest: int) -> Workload:
 
 NAMES: dict[str, Callable[[int, int], Workload]] = {
     "chat": chat,
+    "reasoning": reasoning,
     "documents": documents,
     "agents": agents,
     "conversations": conversations,
