@@ -1,12 +1,16 @@
 """Routers beside each other on a simulated cluster: Mooncake's conversations, 16 replicas, memory short.
 
-python benchmarks/routing_simulated.py --trace mooncake_conversation.jsonl [--models a,b] [--jobs 2] [--json FILE]
+    python benchmarks/routing_simulated.py --trace mooncake_conversation.jsonl [--models a,b] [--routers a,b]
+        [--windows 0,3000] [--loads 0.7,0.85] [--jobs 2] [--json FILE]
 
 Each replica has the memory in which exact bytes would hold `--resident` requests, which is less than the trace's
 distinct prompts by far, so every cache evicts.  The rate is `--load` times what the same cluster serves under p2c when
 all requests wait from the start.  Prompts are cut to whole blocks of the trace (`jenga.traces.whole_blocks`) unless
 `--as-is` is given.  Pages have at least 64 tokens: the trace knows prompts by blocks of 512, and smaller pages take
 four times as long to simulate.  All routers see the same requests, prices and seeds; figures are means over `--seeds`.
+
+Bounds beside them: *one engine* has the memory, the speed and the limits of all replicas, so nothing has to be placed;
+*never evicting* has as much memory as it takes: what is left is computed again because no state or window was kept.
 """
 
 from __future__ import annotations
@@ -17,24 +21,30 @@ import multiprocessing
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 from zoo import PARAMETERS, sizes, table
 
 from jenga.bound import residency_bound
+from jenga.layers import LayerType
 from jenga.models import load_model
-from jenga.simulate import ROUTERS, StepCost, plan_for, simulate_cluster
-from jenga.traces import read_mooncake, scaled, whole_blocks
+from jenga.simulate import ROUTERS, Limits, StepCost, plan_for, simulate_cluster
+from jenga.traces import TraceRequest, read_mooncake, scaled, whole_blocks
 
 MODELS = ("gemma-3-27b", "qwen3-next-80b", "granite-4-small", "kimi-linear-48b", "llama-3.1-8b")
 CONTROL = "llama-3.1-8b"
 PAGE_TOKENS = 64
+PLENTY = 8
+"""Times the memory of all replicas, in which everything of a window of the trace stays cached."""
 FIGURES = (
-    *("hit_tokens", "computed_prompt_tokens", "recomputed_prompt_tokens", "preempted_tokens", "preemptions"),
+    *("hit_tokens", "computed_prompt_tokens", "recomputed_prompt_tokens", "elsewhere_prompt_tokens"),
+    *("preempted_tokens", "preemptions"),
     *("seconds", "requests_per_s", "load_spread", "busy_share", "exact_share", "overpredicted_tokens"),
     *("underpredicted_tokens", "rejected"),
 )
@@ -42,16 +52,38 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One model under all routers."""
+    """One model and part of the trace under all routers."""
 
     model: str
     trace: Path
     as_is: bool
+    start: int
     requests: int
     replicas: int
     resident: int
     load: float
     seeds: int
+    routers: tuple[str, ...]
+
+
+def bounds(
+    case: Case, types: Sequence[LayerType], served: Sequence[TraceRequest], memory: int, cost: StepCost
+) -> dict[str, int]:
+    """Prompt tokens recomputed by one engine of all replicas' size, and by one that evicts nothing."""
+    n = case.replicas
+    limits = Limits(batched_tokens=n * Limits.batched_tokens, sequences=n * Limits.sequences)
+    faster = replace(
+        cost,
+        weight_bytes=n * cost.weight_bytes,  # a step takes as long, and does the work of all
+        bytes_per_s=n * cost.bytes_per_s,
+        flops_per_s=n * cost.flops_per_s,
+    )
+    found = {}
+    for name, times in (("one engine", n), ("never evicting", n * PLENTY)):
+        plan = plan_for("jenga", case.model, types, times * memory, served)
+        result = simulate_cluster(plan, types, served, replicas=1, router="round_robin", cost=faster, limits=limits)
+        found[name] = result.recomputed_prompt_tokens
+    return found
 
 
 def run_case(case: Case) -> dict[str, Any]:
@@ -62,7 +94,7 @@ def run_case(case: Case) -> dict[str, Any]:
         kind if kind.is_state else replace(kind, block_tokens=max(PAGE_TOKENS, kind.block_tokens))
         for kind in spec.layer_types()
     ]
-    served = list(read_mooncake(case.trace, case.requests))
+    served = list(read_mooncake(case.trace, case.start + case.requests))[case.start :]
     if not case.as_is:
         served = whole_blocks(served)
     memory = int(case.resident * residency_bound(types, sizes(served), 1).mean_bytes)
@@ -73,7 +105,7 @@ def run_case(case: Case) -> dict[str, Any]:
     capacity = simulate_cluster(plan, types, waiting, replicas=case.replicas, router="p2c", cost=cost).requests_per_s
     served = scaled(served, case.load * capacity)
     results: dict[str, Any] = {}
-    for router in ROUTERS:
+    for router in case.routers:
         runs = [
             simulate_cluster(plan, types, served, replicas=case.replicas, router=router, seed=seed, cost=cost)
             for seed in range(case.seeds)
@@ -83,8 +115,12 @@ def run_case(case: Case) -> dict[str, Any]:
         results[router]["ttft_s"] = {p: mean(d["ttft_s"][p] for d in data) for p in ("p50", "p90", "p99")}
         results[router]["recomputed_by_seed"] = [r.recomputed_prompt_tokens for r in runs]
     return {
+        "bounds": bounds(case, types, served, memory, cost),
         "model": case.model,
         "as_is": case.as_is,
+        "start": case.start,
+        "load": case.load,
+        "resident": case.resident,
         "requests": case.requests,
         "replicas": case.replicas,
         "seeds": case.seeds,
@@ -118,27 +154,56 @@ def misses(case: dict[str, Any]) -> list[str]:
 
 def report(console: Console, cases: Sequence[dict[str, Any]]) -> None:
     """Print a table per case, and what is missed."""
-    names = ("router", "recomputed M", "computed M", "TTFT p50", "p90", "p99", "req/s", "spread", "preempt", "exact")
+    names = (
+        "router",
+        "recomputed M",
+        "elsewhere M",
+        "computed M",
+        "TTFT p50",
+        "p90",
+        "p99",
+        "req/s",
+        "spread",
+        "exact",
+    )
     for case in cases:
         shown = table(
-            f"{case['model']}: {case['memory_bytes'] / 2**30:.1f} GiB each, {case['rate_requests_per_s']:.1f} "
-            f"requests/s{', prompts as they are' if case['as_is'] else ''}",
+            f"{case['model']}, requests from {case['start']} on: {case['memory_bytes'] / 2**30:.1f} GiB each, "
+            f"{case['rate_requests_per_s']:.1f} requests/s{', prompts as they are' if case['as_is'] else ''}",
             names,
         )
         for name, r in case["results"].items():
             shown.add_row(
                 name,
                 f"{r['recomputed_prompt_tokens'] / 1e6:.2f}",
+                f"{r['elsewhere_prompt_tokens'] / 1e6:.3f}",
                 f"{r['computed_prompt_tokens'] / 1e6:.2f}",
                 *(f"{r['ttft_s'][p]:.2f}" for p in ("p50", "p90", "p99")),
                 f"{r['requests_per_s']:.2f}",
                 f"{r['load_spread']:.2f}",
-                f"{r['preemptions']:.0f}",
                 "-" if r["exact_share"] is None else f"{r['exact_share']:.1%}",
             )
+        for name, tokens in case["bounds"].items():
+            shown.add_row(f"({name})", f"{tokens / 1e6:.2f}")
         console.print(shown)
         for miss in misses(case):
             console.print(f"[yellow]missed:[/] {case['model']}: jenga {miss}")
+    if len(cases) > 1:
+        console.print(summary(cases))
+
+
+def summary(cases: Sequence[dict[str, Any]]) -> Table:
+    """By model, `jenga` over each other router: mean over the cases, and the least and the most of them."""
+    shown = table("jenga over another router, all cases", ("model", "router", "recomputed tokens", "TTFT p99", "cases"))
+    for model in dict.fromkeys(case["model"] for case in cases):
+        mine = [case["results"] for case in cases if case["model"] == model]
+        for name in mine[0]:
+            if name != "jenga":
+                tokens = [r["jenga"]["recomputed_prompt_tokens"] / r[name]["recomputed_prompt_tokens"] for r in mine]
+                waits = [r["jenga"]["ttft_s"]["p99"] / r[name]["ttft_s"]["p99"] for r in mine]
+                cells = (f"{mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in (tokens, waits))
+                shown.add_row(model, name, *cells, str(len(mine)))
+    return shown
 
 
 def main() -> None:
@@ -146,28 +211,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--routers", default=",".join(ROUTERS))
     parser.add_argument("--as-is", action="store_true")
+    parser.add_argument("--windows", default="0", help="first requests of the parts of the trace to serve")
     parser.add_argument("--requests", type=int, default=2500)
     parser.add_argument("--replicas", type=int, default=16)
     parser.add_argument("--resident", type=int, default=48)
-    parser.add_argument("--load", type=float, default=0.85)
+    parser.add_argument("--loads", default="0.85")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, default=Path("results/routing_simulated.json"))
     given = parser.parse_args()
+    common = (given.requests, given.replicas, given.resident)
     cases = [
-        Case(m, given.trace, given.as_is, given.requests, given.replicas, given.resident, given.load, given.seeds)
-        for m in given.models.split(",")
+        Case(
+            model,
+            given.trace,
+            given.as_is,
+            int(start),
+            *common,
+            float(load),
+            given.seeds,
+            tuple(given.routers.split(",")),
+        )
+        for model in given.models.split(",")
+        for start in given.windows.split(",")
+        for load in given.loads.split(",")
     ]
-    console = Console()
+    console = Console(width=130)
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
-        done = list(track(pool.imap_unordered(run_case, cases), total=len(cases), console=Console(stderr=True)))
-    done.sort(key=lambda case: [c.model for c in cases].index(case["model"]))
+        done = list(track(pool.imap(run_case, cases), total=len(cases), console=Console(stderr=True)))
     report(console, done)
-    # Cases of other models and of the other form of the trace stay.
-    new = {(case["model"], case["as_is"]) for case in done}
+    # Cases of other models, parts and loads, and of the other form of the trace, stay.
+    key = itemgetter("model", "as_is", "start", "load")
     old = json.loads(given.json.read_text())["cases"] if given.json.exists() else []
-    kept = [case for case in old if (case["model"], case["as_is"]) not in new]
+    kept = [case for case in old if key(case) not in set(map(key, done))]
     given.json.write_text(json.dumps({"cases": kept + done}, indent=1) + "\n")
 
 

@@ -62,6 +62,8 @@ class ClusterResult:
     """Prompt tokens not found in the cache of the replica chosen."""
     recomputed_prompt_tokens: int
     """Those of them that some replica had been sent before: unlimited memory, shared by all, would have spared them."""
+    elsewhere_prompt_tokens: int
+    """Those of them that another replica had at the placement: an oracle of all caches recomputes the rest too."""
     preempted_tokens: int
     """Tokens computed again after preemptions."""
     preemptions: int
@@ -107,6 +109,7 @@ class _Replica:
         self.number = number
         self.engine = engine
         self._cluster = cluster
+        self._hits: dict[bool, Hit] = {}  # of the arriving request
 
     @property
     def queue(self) -> int:
@@ -116,11 +119,18 @@ class _Replica:
     def used(self) -> float:
         return self.engine.used
 
+    def advance(self, now: float) -> None:
+        """Take the steps before `now`, when another request arrives."""
+        self.engine.advance(now)
+        self._hits.clear()
+
     def hit(self, dense_only: bool = False) -> Hit:
         request, keys = self._cluster.arriving
         if request.image_tokens or not self._cluster.limits.prefix_caching:
             return NOTHING
-        return self.engine.cache.hit(keys, request.prompt_tokens - 1, dense_only)
+        if dense_only not in self._hits:
+            self._hits[dense_only] = self.engine.cache.hit(keys, request.prompt_tokens - 1, dense_only)
+        return self._hits[dense_only]
 
 
 class _Record:
@@ -153,18 +163,21 @@ class _Cluster:
         self.ttft: list[float] = []
         self.found: dict[int, int] = {}
         self.predicted: dict[int, int] = {}
+        self.elsewhere = 0
         self.arriving: tuple[TraceRequest, Keys]
         self.replicas: list[_Replica] = []
 
     def run(self, trace: Sequence[TraceRequest]) -> None:
         for request in sorted(trace, key=lambda r: r.arrival_s):
             for replica in self.replicas:
-                replica.engine.advance(request.arrival_s)
+                replica.advance(request.arrival_s)
             keys = self.replicas[0].engine.keys(request)
             self.arriving = (request, keys)
             chosen = self.router.choose(request, self.replicas)
             if self.router.predicted is not None:
                 self.predicted[request.serial] = self.router.predicted
+            best = max(replica.hit().tokens for replica in self.replicas)
+            self.elsewhere += best - self.replicas[chosen].hit().tokens
             self.replicas[chosen].engine.submit(request, keys)
         for replica in self.replicas:
             replica.engine.advance()
@@ -232,6 +245,7 @@ def _result(plan: Plan, trace: Sequence[TraceRequest], cluster: _Cluster) -> Clu
         hit_tokens=hits,
         computed_prompt_tokens=prompts - hits,
         recomputed_prompt_tokens=max(0, seen_before(trace) - hits),
+        elsewhere_prompt_tokens=cluster.elsewhere,
         preempted_tokens=total("recomputed_tokens"),
         preemptions=total("preemptions"),
         ttft_s=Percentiles.of(cluster.ttft),

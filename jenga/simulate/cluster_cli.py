@@ -96,8 +96,9 @@ def print_routers(results: Sequence[ClusterResult]) -> None:
     first = results[0]
     console.print(cluster_table(results))
     console.print(
-        "hits: share of the prompt tokens; recomputed: prompt tokens that an earlier request had too; spread: tokens "
-        "computed by the busiest replica over the mean; exact: requests that found what the router predicted."
+        "hits: share of the prompt tokens; recomputed: prompt tokens that an earlier request had too; elsewhere: those "
+        "of them that another replica had when the request was placed; spread: tokens computed by the busiest replica "
+        "over the mean; exact: requests that found what the router predicted."
     )
     if first.rejected:
         console.print(f"[yellow]note:[/] {first.rejected} requests do not fit into an empty buffer")
@@ -114,7 +115,19 @@ def cluster_table(results: Sequence[ClusterResult]) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    names = ("router", "hits", "recomputed", "TTFT p50", "p90", "p99", "req/s", "spread", "preempt", "exact")
+    names = (
+        "router",
+        "hits",
+        "recomputed",
+        "elsewhere",
+        "TTFT p50",
+        "p90",
+        "p99",
+        "req/s",
+        "spread",
+        "preempt",
+        "exact",
+    )
     for name in names:
         table.add_column(name, justify="left" if name == "router" else "right", no_wrap=True)
     for r in results:
@@ -122,6 +135,7 @@ def cluster_table(results: Sequence[ClusterResult]) -> Table:
             r.router,
             f"{r.hit_tokens / r.prompt_tokens:.1%}" if r.prompt_tokens else "-",
             f"{r.recomputed_prompt_tokens:,}",
+            f"{r.elsewhere_prompt_tokens:,}",
             *(f"{seconds:.2f}s" for seconds in (r.ttft_s.p50, r.ttft_s.p90, r.ttft_s.p99)),
             f"{r.requests_per_s:.3g}",
             f"{r.load_spread:.2f}",

@@ -47,6 +47,7 @@ def test_every_request_is_served_once_and_tokens_add_up(router: str) -> None:
     assert result.output_tokens == sum(r.output_tokens for r in trace)
     assert result.hit_tokens + result.computed_prompt_tokens == result.prompt_tokens
     assert 0 < result.recomputed_prompt_tokens < result.computed_prompt_tokens
+    assert 0 <= result.elsewhere_prompt_tokens < result.recomputed_prompt_tokens
     assert sum(r.requests for r in result.replicas) == len(trace)
     assert sum(r.hit_tokens for r in result.replicas) == result.hit_tokens
     assert sum(r.preemptions for r in result.replicas) == result.preemptions
@@ -68,6 +69,8 @@ def test_routers_rank_as_they_should() -> None:
     assert (exact.exact_share or 0) > 0.95 > 0.5 > (full_only.exact_share or 0)
     assert (exact.overpredicted_tokens or 0) < (full_only.overpredicted_tokens or 0)
     assert results["p2c"].exact_share is None
+    elsewhere = {name: r.elsewhere_prompt_tokens for name, r in results.items()}
+    assert elsewhere["jenga"] < 0.2 * min(elsewhere["p2c"], elsewhere["round_robin"])
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -77,6 +80,7 @@ def test_a_cluster_of_one_is_the_plain_simulator(router: str) -> None:
     plain = Simulation(plan, HYBRID, trace, sampling=False).run()
     one = simulate_cluster(plan, HYBRID, trace, replicas=1, router=router)
     assert plain.saturated_share > 0.1, "memory must be short"
+    assert one.elsewhere_prompt_tokens == 0
     assert (one.hit_tokens, one.preemptions, one.preempted_tokens, one.seconds, one.ttft_s) == (
         plain.hit_tokens,
         plain.preemptions,
