@@ -14,7 +14,7 @@ Not safe for use by several threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
 from typing import Protocol
@@ -186,18 +186,45 @@ class PrefixCache:
             pages.append({i: index[own[i]] for i in needed})
         return Match(hit, tuple(pages))
 
-    def hit(self, keys: Keys, limit_tokens: int, dense_only: bool = False) -> Hit:
-        """The hit of `lookup` without its pages; `dense_only` asks only the groups that need every page."""
+    def hit(
+        self,
+        keys: Keys,
+        limit_tokens: int,
+        dense_only: bool = False,
+        coming: Sequence[Container[int]] | None = None,
+    ) -> Hit:
+        """The hit of `lookup` without its pages.
+
+        `dense_only` asks only the groups that need every page.  Pages that are in `coming` (by group, the keys) count
+        as if they were cached.
+        """
         groups = [g for g in self._lookup_order if self._dense[g]] if dense_only else self._lookup_order
         caches = [
             GroupCache(
                 self.groups[g].policy,
                 self.groups[g].page_tokens,
-                _cached_test(self._index[g], keys[g]) if self.shared[g] else _nothing_cached,
+                _cached_test(self._index[g], keys[g], coming[g] if coming else ())
+                if self.shared[g]
+                else _nothing_cached,
             )
             for g in groups
         ]
         return longest_common_hit(caches, limit_tokens, None if dense_only else self.alignment)
+
+    def leaves(self, keys: Keys, hit: Hit, prompt_tokens: int) -> list[list[int]]:
+        """By group, the keys of the pages that a prompt leaves for others where it resumes behind `hit`."""
+        lengths = boundaries(hit, prompt_tokens, self.alignment).lengths
+        found: list[list[int]] = []
+        for g, group in enumerate(self.groups):
+            size, own = group.page_tokens, keys[g]
+            if not self.shared[g]:
+                found.append([])
+            elif self._dense[g]:
+                found.append(list(own[: prompt_tokens // size]))
+            else:
+                kept = {i for length in lengths for i in group.policy.pages_of_hit(length // size, size)}
+                found.append([own[i] for i in kept])
+        return found
 
     def no_match(self) -> Match:
         """The match of a request that finds nothing."""
@@ -534,7 +561,9 @@ class PrefixCache:
         del self._index[g][self._key[g].pop(page)]
 
 
-def _cached_test(index: dict[int, int], keys: Sequence[int]) -> CachedTest:
+def _cached_test(index: dict[int, int], keys: Sequence[int], coming: Container[int]) -> CachedTest:
+    if coming:
+        return lambda page: keys[page] in index or keys[page] in coming
     return lambda page: keys[page] in index
 
 

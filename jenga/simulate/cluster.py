@@ -6,6 +6,7 @@ the request arrives, so a router sees the caches as they are then (at most one s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -110,6 +111,8 @@ class _Replica:
         self.engine = engine
         self._cluster = cluster
         self._hits: dict[bool, Hit] = {}  # of the arriving request
+        self._coming: list[Counter[int]] = [Counter() for _ in engine.cache.groups]
+        self._left: dict[int, list[list[int]]] = {}  # what requests on their way will leave, by serial number
 
     @property
     def queue(self) -> int:
@@ -129,8 +132,26 @@ class _Replica:
         if request.image_tokens or not self._cluster.limits.prefix_caching:
             return NOTHING
         if dense_only not in self._hits:
-            self._hits[dense_only] = self.engine.cache.hit(keys, request.prompt_tokens - 1, dense_only)
+            coming = None if dense_only else self._coming
+            self._hits[dense_only] = self.engine.cache.hit(keys, request.prompt_tokens - 1, dense_only, coming)
         return self._hits[dense_only]
+
+    def submit(self) -> None:
+        """The arriving request was placed here."""
+        request, keys = self._cluster.arriving
+        if not request.image_tokens and self._cluster.limits.prefix_caching:
+            left = self._left[request.serial] = self.engine.cache.leaves(keys, self.hit(), request.prompt_tokens)
+            for coming, pages in zip(self._coming, left, strict=True):
+                coming.update(pages)
+        self.engine.submit(request, keys)
+
+    def computed(self, serial: int) -> None:
+        """A prompt is computed, or was rejected: what it leaves is cached, or never will be."""
+        for coming, pages in zip(self._coming, self._left.pop(serial, ()), strict=False):
+            for page in pages:
+                coming[page] -= 1
+                if not coming[page]:
+                    del coming[page]
 
 
 class _Record:
@@ -145,10 +166,12 @@ class _Record:
 
     def first_token(self, serial: int, seconds: float) -> None:
         self._cluster.ttft.append(seconds)
+        self._cluster.replicas[self._number].computed(serial)
         self._cluster.router.first_token(serial, self._number)
 
     def finished(self, serial: int, rejected: bool) -> None:
         self._cluster.done += 1
+        self._cluster.replicas[self._number].computed(serial)
         self._cluster.router.finished(serial, self._number)
         if self._cluster.progress is not None:
             self._cluster.progress(self._cluster.done)
@@ -178,7 +201,7 @@ class _Cluster:
                 self.predicted[request.serial] = self.router.predicted
             best = max(replica.hit().tokens for replica in self.replicas)
             self.elsewhere += best - self.replicas[chosen].hit().tokens
-            self.replicas[chosen].engine.submit(request, keys)
+            self.replicas[chosen].submit()
         for replica in self.replicas:
             replica.engine.advance()
 

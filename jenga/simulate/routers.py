@@ -32,7 +32,10 @@ class Replica(Protocol):
         """Part of the KV memory that live requests hold, 0 to 1."""
 
     def hit(self, dense_only: bool = False) -> Hit:
-        """Of the request's prompt in the cache: by the hit rule, or of full attention alone."""
+        """Of the request's prompt: by the hit rule, in the cache and in what requests on their way will leave there.
+
+        `dense_only`: of full attention alone, as stored now.
+        """
 
 
 class Router(ABC):

@@ -90,6 +90,16 @@ def test_a_cluster_of_one_is_the_plain_simulator(router: str) -> None:
     )
 
 
+def test_what_is_on_its_way_draws_its_equals() -> None:
+    """Indexes of events alone send them elsewhere, since nothing is stored yet."""
+    trace = [replace(request(serial, range(100)), output_tokens=40) for serial in range(4)]
+    exact, full_only = run("jenga", trace, 2), run("kv_full_only", trace, 2)
+    assert [r.requests for r in exact.replicas].count(0) == 1
+    assert exact.computed_prompt_tokens < full_only.computed_prompt_tokens
+    assert exact.exact_share == 1.0
+    assert full_only.elsewhere_prompt_tokens > 0 == exact.elsewhere_prompt_tokens
+
+
 @dataclass
 class Fake:
     """A replica by hand."""
