@@ -35,8 +35,6 @@ def environment(config: Serving) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         # Block hashes must agree between replicas.
         "PYTHONHASHSEED": "0",
-        # Ray's ingress has a limit of its own, to the first token: ours comes first.
-        "RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT": str(2 * config.limits.request_s),
     }
     if config.resources.gpus == 0:
         # Without these two parallel CPU engines fight for the cores: 80 s instead of 3 s, measured.

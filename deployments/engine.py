@@ -12,7 +12,7 @@ import ray
 from ray import serve
 from ray.serve.llm.deployment import LLMServer
 
-from deployments import autoscaling, keys, logs
+from deployments import autoscaling, keys, logs, streams
 from deployments.cache_router import KV_STREAM
 from deployments.events import Resting, SnapshotServer, Source
 from deployments.failures import in_our_terms, root_cause
@@ -72,6 +72,8 @@ class JengaServer(LLMServer):
                     max_model_len=kwargs.get("max_model_len"),
                 )
             ) from None
+        for serving in (self.engine._oai_serving_chat, self.engine._oai_serving_completion):
+            streams.raise_failures(serving)
         replica = serve.get_replica_context().replica_id.unique_id
         self._memory_watch = MemoryWatch(self._ask_core, replica, self._llm_config.model_id)
         self._metrics = asyncio.create_task(self._export_metrics())

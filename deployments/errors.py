@@ -22,6 +22,12 @@ def error_response(
 
 
 RETRY_AFTER_S = 2
+"""Seconds after which a client should come back."""
+SECOND_TRY_S = 1.5
+"""Seconds after which what a dead process left unanswered goes to another one: by then Ray knows which is dead.
+
+Once only, for it may be the request that kills.
+"""
 
 
 def overloaded(why: str) -> JSONResponse:

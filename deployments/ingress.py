@@ -12,8 +12,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from ray.exceptions import RayActorError
-from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, OpenAIHTTPException
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    ErrorResponse,
+    OpenAIHTTPException,
+)
 from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
 from ray.llm._internal.serve.core.ingress.utils import _sanitize_chat_completion_request
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
@@ -21,17 +26,18 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.exceptions import GenerationError, VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments import memory_map
 from deployments.config import Auth, Limits
-from deployments.errors import RETRY_AFTER_S, error_body, error_response
+from deployments.errors import RETRY_AFTER_S, SECOND_TRY_S, error_body, error_response
 from deployments.guard import TIME_IS_UP, Admitted, Guard, time_is_up
 from deployments.keys import attach
 from deployments.placement import prompt_of
 from deployments.renderer import PromptRenderer
+from deployments.streams import is_whole
 
 logger = logging.getLogger("ray.serve")
 
@@ -47,11 +53,12 @@ ENDPOINTS = {name: DEFAULT_ENDPOINTS[name] for name in ("completions", "chat")} 
 _LENGTH = "max_request_context_length"
 
 
-_RETRY_PAUSE_S = 1.5
-"""Seconds after which a request whose replica died before it answered goes to another one: by then Ray knows.
+class _NoEndError(Exception):
+    """A stream ended without its last event."""
 
-Once only, for it may be the request that kills engines.
-"""
+
+# What a replica that died leaves.
+_DEATH = (EngineDeadError, RayActorError, _NoEndError)
 
 
 def validation_response(error: RequestValidationError) -> JSONResponse:
@@ -291,9 +298,11 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
     ) -> AsyncGenerator[Any, None]:
-        """A replica's answer in parts; a failure inside a stream becomes its last event.
+        """A replica's answer in parts; a failure inside a stream becomes its last event, and nothing follows that.
 
         Not Ray's own method, which keeps to itself by what an answer can be cancelled.
+
+        Raises what the replica raised, or left behind, before the first part.
         """
         handle = self._get_configured_serve_handle(await self._get_model_id(body.model))
         client = None if raw_request is None else RawRequestInfo.from_starlette_request(raw_request)
@@ -307,6 +316,8 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
                         part = await anext(parts)
                     except StopAsyncIteration:
                         ended = True
+                        if body.stream and not (started and is_whole(part)):
+                            raise _NoEndError from None
                         return
                 started = True
                 yield part
@@ -319,17 +330,40 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
                 told = error_body(message, 408, code="request_timeout")
             elif isinstance(error, GenerationError) and _asks_for_form(body):
                 told = error_body(_NO_FORM, 400, code="invalid_form")
+            elif isinstance(error, OpenAIHTTPException):
+                told = error_body(error.message, error.status_code)
             else:
                 logger.exception("the engine failed during a stream")
-                told = error_body(f"The engine failed: {type(error).__name__}.", 500, code="engine_error")
+                why = "the replica died" if isinstance(error, _DEATH) else "the engine failed"
+                told = error_body(f"This answer is cut: {why}; ask again.", 500, code="engine_error")
             yield f"data: {json.dumps(told)}\n\n"
         finally:
             if not ended:
                 # The engine aborts it; a handle left alone would let it run on.
                 parts.cancel()
 
+    async def _answer(self, body: Any, call_method: str, raw_request: Request | None) -> Response:
+        """A replica's answer, once it has begun.
+
+        Not Ray's own way, which ends every stream as if it were whole.
+        """
+        parts = self._get_response(body=body, call_method=call_method, raw_request=raw_request)
+        first = await anext(parts)
+        begun = first[0] if isinstance(first, list) else first
+        if isinstance(begun, ErrorResponse):
+            raise OpenAIHTTPException(begun.error.code, begun.error.message, begun.error.type)
+        if isinstance(begun, BaseModel):
+            return JSONResponse(begun.model_dump())
+
+        async def events() -> AsyncGenerator[str, None]:
+            yield "".join(first)
+            async for part in parts:
+                yield "".join(part)
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
     async def _process_llm_request(self, body: Any, call_method: str, raw_request: Request | None = None) -> Response:
-        """Ray's handling; what a replica raises becomes an answer that says whose fault it was."""
+        """An answer to a request; what a replica raises becomes one that says whose fault it was."""
         if raw_request is not None:
             raw_request.state.body_was_read = True
         if isinstance(body, ChatCompletionRequest):
@@ -358,12 +392,12 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
         try:
             attach(body, ids)
             try:
-                return await super()._process_llm_request(body, call_method, raw_request)
-            except (EngineDeadError, RayActorError) as error:
+                return await self._answer(body, call_method, raw_request)
+            except _DEATH as error:
                 logger.warning("a replica died under a request, which goes to another one: %s", type(error).__name__)
-                await asyncio.sleep(_RETRY_PAUSE_S)
+                await asyncio.sleep(SECOND_TRY_S)
             attach(body, ids)
-            return await super()._process_llm_request(body, call_method, raw_request)
+            return await self._answer(body, call_method, raw_request)
         except OpenAIHTTPException as error:
             # vLLM's words for a prompt that fills the whole context, whatever max_tokens was asked for.
             if error.message.startswith("max_tokens must be at least 1, got 0") and _asked_tokens(body) != 0:
@@ -379,7 +413,7 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
             if not _asks_for_form(body):
                 raise
             return error_response(_NO_FORM, 400, code="invalid_form")
-        except (EngineDeadError, RayActorError):
+        except _DEATH:
             logger.exception("a replica died under a request")
             return error_response(
                 "The replica that had this request died; try again.",

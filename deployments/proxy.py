@@ -14,15 +14,13 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.edge import Edge, bound_connections
-from deployments.errors import RETRY_AFTER_S, error_body, error_response
+from deployments.errors import RETRY_AFTER_S, SECOND_TRY_S, error_body, error_response
 
 logger = logging.getLogger("ray.serve")
 
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy:middlewares"}
 """Variables of a Ray node whose proxy is to have this."""
 
-_PAUSE_S = 1.0
-"""By then Ray knows which replica is dead."""
 _KEPT_BYTES = 16 << 20
 """Larger bodies are not sent twice."""
 
@@ -35,10 +33,7 @@ def middlewares() -> list[Middleware]:
 
 
 class SecondTry:
-    """ASGI middleware: what ends without an answer is asked once more.
-
-    Once only, for it may be the request that kills; every request of this product may be made twice.
-    """
+    """ASGI middleware: what ends without an answer is asked once more; every request here may be made twice."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -49,13 +44,20 @@ class SecondTry:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(receive, send)
-        await self._app(_copy(scope), exchange.receive, exchange.send)
+        await self._ask(scope, exchange)
         if exchange.may_go_again:
             logger.warning("an ingress died under a request, which goes to another one")
-            await asyncio.sleep(_PAUSE_S)
+            await asyncio.sleep(SECOND_TRY_S)
             exchange.rewind()
-            await self._app(_copy(scope), exchange.receive, exchange.send)
+            await self._ask(scope, exchange)
         await exchange.close(scope)
+
+    async def _ask(self, scope: Scope, exchange: _Exchange) -> None:
+        await self._app(_copy(scope), exchange.receive, exchange.send)
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            # Ray's proxy takes the cancellation for a client that left, and returns as if all were well.
+            raise asyncio.CancelledError
 
 
 def _copy(scope: Scope) -> Scope:

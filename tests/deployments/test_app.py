@@ -81,10 +81,6 @@ def test_refusals_have_openais_form(message: str, status: int, code: bytes, para
     assert shown in body
 
 
-def test_the_ingress_alone_decides_how_long_a_request_may_take() -> None:
-    assert float(environment(serving(limits={"request_s": 900}))["RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT"]) > 900
-
-
 def test_a_replica_that_is_to_stop_may_end_its_longest_answer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
     # Building unpickles the router's class over itself, in this process: a class that other tests do not look into.

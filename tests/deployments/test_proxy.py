@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -20,7 +21,7 @@ BODY = b'{"model": "m"}'
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(proxy, "SECOND_TRY_S", 0.0)
 
 
 async def dies(receive: Receive, send: Send) -> None:
@@ -90,6 +91,36 @@ def test_two_dead_in_a_row_are_an_honest_503() -> None:
     assert got[0]["status"] == 503
     assert dict(got[0]["headers"])[b"retry-after"] == str(RETRY_AFTER_S).encode()
     assert told(got[1])["code"] == "server_unavailable"
+
+
+def test_a_proxy_that_is_told_to_stop_asks_nobody_again() -> None:
+    asked = 0
+
+    async def swallows(scope: Scope, receive: Receive, send: Send) -> None:
+        """As Ray's proxy does."""
+        nonlocal asked
+        asked += 1
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    async def cancelled() -> None:
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": BODY}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        task = asyncio.create_task(SecondTry(swallows)({"type": "http", "headers": []}, receive, send))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert sent == []
+
+    asyncio.run(cancelled())
+    assert asked == 1
 
 
 def test_nobody_asks_again_for_a_client_that_left() -> None:

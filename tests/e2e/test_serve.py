@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -458,6 +458,75 @@ def engine_cores(above: psutil.Process) -> list[psutil.Process]:
     return found
 
 
+@dataclass
+class Stream:
+    """What a client has of a streamed answer."""
+
+    number: int
+    events: list[str] = field(default_factory=list)
+
+    def read(self, running: Running) -> "Stream":
+        """Ask, and take event by event."""
+        body = {"model": MODEL, "prompt": f"{self.number} " * 40, "max_tokens": 400, "temperature": 0}
+        with (
+            running.http as http,
+            http.stream("POST", "/v1/completions", json=body | {"stream": True, "ignore_eos": True}) as got,
+        ):
+            assert got.status_code == 200, got.read()
+            self.events.extend(line.removeprefix("data: ") for line in got.iter_lines() if line)
+        return self
+
+    @property
+    def whole(self) -> bool:
+        return self.events[-1] == "[DONE]" and not any("error" in json.loads(event) for event in self.events[:-1])
+
+
+def test_streams_of_a_killed_engine_are_cut_with_an_error_or_begin_elsewhere(served: Running) -> None:
+    supervisor = psutil.Process(served.record.supervisor.pid)
+    running = len(engine_cores(supervisor))
+    victim = engine_cores(supervisor)[0]
+    with ThreadPoolExecutor(16) as pool:
+        begun = [Stream(number) for number in range(8)]
+        asked = [pool.submit(stream.read, served) for stream in begun]
+        while not all(stream.events for stream in begun):
+            assert not any(future.done() and future.exception() for future in asked)
+            time.sleep(0.01)
+        # Stopped, it takes requests and answers none.
+        victim.suspend()
+        late = [Stream(number) for number in range(8, 16)]
+        asked += [pool.submit(stream.read, served) for stream in late]
+        time.sleep(2)
+        waiting = [stream for stream in late if not stream.events]
+        victim.kill()
+        for future in asked:
+            future.result()
+    assert waiting, "some were sent to the engine that was stopped"
+    assert all(stream.whole for stream in late), "nothing of them was sent yet, so they went to the other one"
+    cut = [stream for stream in begun if not stream.whole]
+    assert cut, "some were under way there"
+    for stream in cut:
+        *before, last = stream.events
+        assert not any("error" in json.loads(event) for event in before)
+        error = json.loads(last)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert (error["type"], error["code"]) == ("server_error", "engine_error")
+    wait_for_engines(served, running)
+
+
+def wait_for_engines(running: Running, number: int) -> None:
+    """Until that many replicas run and a router follows them."""
+    end = time.monotonic() + 120
+    while len(engine_cores(psutil.Process(running.record.supervisor.pid))) < number or not (
+        jenga(running.state, "status").stdout.count("RUNNING") > number + 1
+    ):
+        assert time.monotonic() < end, "the replica comes back"
+        time.sleep(2)
+    # What is sent to a replica whose stream no router follows yet is promised nothing, and not counted.
+    end = time.monotonic() + 30
+    while followed(running) < number and time.monotonic() < end:
+        time.sleep(1)
+
+
 def test_a_killed_engine_costs_no_request_and_is_promised_nothing(served: Running) -> None:
     shown = reports(served)
     supervisor = psutil.Process(served.record.supervisor.pid)
@@ -468,17 +537,7 @@ def test_a_killed_engine_costs_no_request_and_is_promised_nothing(served: Runnin
         time.sleep(0.5)
         engines[0].kill()
         assert all(future.result()[0] >= 10 for future in asked), "every request is answered, by the other replica"
-    end = time.monotonic() + 120
-    while True:
-        alive = engine_cores(supervisor)
-        if len(alive) == 2 and jenga(served.state, "status").returncode == 0:
-            break
-        assert time.monotonic() < end, "the replica comes back"
-        time.sleep(2)
-    # What is sent to a replica whose stream no router follows yet is promised nothing, and not counted.
-    end = time.monotonic() + 30
-    while followed(served) < 2 and time.monotonic() < end:
-        time.sleep(1)
+    wait_for_engines(served, 2)
     time.sleep(8)
     before = predictions(served)
     ask_about_tables(served, 40, seed=300)
