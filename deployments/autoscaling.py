@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
 KV_IN_USE, RESIDENT, WAITING = "jenga_kv_in_use", "jenga_resident", "jenga_waiting"
-"""What a replica reports: the part of its KV memory that live requests hold, requests that hold some, and requests
-that wait in its engine (preempted ones wait again)."""
+"""What a replica reports: the part of its KV memory that live requests hold (to routers too), requests that hold some,
+and requests that wait in its engine (preempted ones wait again)."""
 
 ADMITTED = "jenga_admitted"
 """What it reports too: how often a request was admitted, in all."""

@@ -14,8 +14,8 @@ from ray.serve._private.common import ReplicaID
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from deployments import keys
+from deployments.autoscaling import KV_IN_USE
 from deployments.events import EventFeed, Source
-from deployments.placement import KV_IN_USE
 from deployments.router_metrics import RouterMetrics
 from jenga.hits import Hit
 from jenga.routing import BlockIndex

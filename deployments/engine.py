@@ -18,7 +18,6 @@ from deployments.events import Resting, SnapshotServer, Source
 from deployments.failures import in_our_terms, root_cause
 from deployments.memory_map import MemoryWatch
 from deployments.metrics import Exporter
-from deployments.placement import KV_IN_USE
 from deployments.router_metrics import Predictions
 from jenga.metrics import Sample
 from jenga.metrics.engine import EngineReport, report_samples
@@ -108,7 +107,7 @@ class JengaServer(LLMServer):
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What routers learn of this replica: Ray's own, the part of the KV memory in use, and where its events are."""
-        told = {**await super().record_routing_stats(), KV_IN_USE: self._kv_in_use}
+        told = {**await super().record_routing_stats(), autoscaling.KV_IN_USE: self._kv_in_use}
         if self._snapshots:
             await self._locate_stream()
             told[KV_STREAM] = self._kv_stream

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Generic, TypeVar
 
+from deployments.autoscaling import KV_IN_USE
+
 Replica = TypeVar("Replica", bound=Hashable)
 Prompt = str | Sequence[int]
-
-KV_IN_USE = "kv_in_use"
-"""Key of a replica's routing statistics: the fraction of its KV memory that live requests hold."""
 
 
 def load_of(queue: int | None, stats: Mapping[str, object]) -> float:

@@ -7,9 +7,9 @@ comes from outside, what is connected goes inside.
 import asyncio
 import socket
 
+from deployments.edge import STALLED_S
+
 _CHUNK = 1 << 16
-_STALLED_S = 60.0
-"""Seconds for which a client may read nothing of what waits for it."""
 
 
 async def _up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -25,7 +25,7 @@ async def _down(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     while data := await reader.read(_CHUNK):
         writer.write(data)
         # Raises TimeoutError, an OSError.
-        await asyncio.wait_for(writer.drain(), _STALLED_S)
+        await asyncio.wait_for(writer.drain(), STALLED_S)
 
 
 async def _join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
@@ -49,7 +49,7 @@ async def _join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port
         inner_writer.transport.abort()
         writer.close()
         # Closing waits until the client has read everything.
-        asyncio.get_running_loop().call_later(_STALLED_S, writer.transport.abort)
+        asyncio.get_running_loop().call_later(STALLED_S, writer.transport.abort)
 
 
 async def forward(sock: socket.socket, port: int) -> asyncio.Server:

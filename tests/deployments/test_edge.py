@@ -188,7 +188,7 @@ async def test_the_forwarder_holds_no_half_of_a_connection_that_the_server_ended
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(edge, "HEAD_S", 0.2)
-    monkeypatch.setattr("deployments.local.forwarder._STALLED_S", 0.3)
+    monkeypatch.setattr("deployments.local.forwarder.STALLED_S", 0.3)
     async with serving(monkeypatch) as (port, server):
         outer = await forward(listen("127.0.0.1", 0, "test", "nothing"), port)
         door = outer.sockets[0].getsockname()[1]

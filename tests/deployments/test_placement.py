@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.placement import KV_IN_USE, Policy, PrefixPlacement, chunk_names, load_of, prompt_of
+from deployments.autoscaling import KV_IN_USE
+from deployments.placement import Policy, PrefixPlacement, chunk_names, load_of, prompt_of
 
 POLICY = Policy(chunk=4, max_chunks=8, max_entries=16, load_factor=2.0, load_slack=1.0)
 
