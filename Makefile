@@ -40,7 +40,7 @@ test-cluster: install ## A real `ray up` on hosts made of namespaces, and one at
 	@$(BIN)/python tests/cluster/live/run.py
 
 test-scaling: install ## Replicas that come and go with demand, on real engines: 1, 2, 1 (5 minutes)
-	@$(BIN)/python benchmarks/scaling.py --small --check
+	@$(BIN)/python -m benchmarks.scaling --small --check
 
 test-chaos: install ## Break that cluster in eight ways under load; prints what became of each request (20 minutes; KINDS=words)
 	@JENGA_CHAOS="$(KINDS)" $(BIN)/python tests/cluster/live/run.py tests/cluster/live/chaos.py

@@ -33,14 +33,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.soak import CONTEXT, KV_MEMORY, MODEL, ROOT, processes, quantile
+from benchmarks import demo
+from benchmarks.demo import MODEL, ROOT
+from benchmarks.soak import ENGINE, processes, quantile
 from deployments import keyring
-from deployments.local import launch
-from deployments.local.ports import free_ports
 from deployments.local.record import API_KEY, Record
 from jenga.demo import recall
 
@@ -566,19 +565,10 @@ def start(folder: Path, console: Console) -> tuple[Record, dict[str, str]]:
         limit = int(options[1]) if "--concurrent-requests" in options else None
         ring, keys[name] = ring.add(name, tenant=tenant, admin="--admin" in options, concurrent_requests=limit)
     keyring.write(folder / "keys.json", ring)
-    port, dashboard, metrics = free_ports(3)
-    data = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    data["http_options"]["port"] = port
-    args = data["applications"][0]["args"]
-    args["model"]["path"] = str(ROOT / "var" / "models" / MODEL)
-    args["engine"] |= {"max_model_len": CONTEXT, "max_num_seqs": 16, "kv_memory": KV_MEMORY}
-    args["auth"] = {"keys_file": str(folder / "keys.json")}
-    args["limits"] = {"body": BODY, "requests": REQUESTS, "body_s": BODY_S, "request_s": REQUEST_S}
-    file = folder / "hostile.yaml"
-    file.write_text(yaml.safe_dump(data))
+    auth = {"keys_file": str(folder / "keys.json")}
+    limits = {"body": BODY, "requests": REQUESTS, "body_s": BODY_S, "request_s": REQUEST_S}
     os.environ[API_KEY] = keys["root"]
-    record = launch.serve(file, launch.Options(None, None, dashboard, metrics, True, 500), console, folder / "run")
-    return record, keys
+    return demo.serve(folder, console, ENGINE, auth=auth, limits=limits), keys
 
 
 # Of all requests; the rest are schemathesis'.
@@ -703,7 +693,7 @@ def main() -> None:
             record, keys = start(folder, console)
             result = asyncio.run(abuse_all(record, keys, options.requests, console))
         finally:
-            launch.stop(folder / "run")
+            demo.stop(folder)
     show(result, console)
     faults = sum(len(row["faults"]) for row in result["rows"])
     wrong = sum(len(each["well_behaved"]["wrong"]) for each in (*result["rows"], *result["calm"]))

@@ -1,7 +1,7 @@
 """Replicas that follow demand, on real engines: what they cost, how long users wait, and whether anything breaks.
 
-    python benchmarks/scaling.py --json results/scaling.json --plot results/scaling.png    about 6 minutes a signal
-    python benchmarks/scaling.py --small --check                                           `make test-scaling`
+    python -m benchmarks.scaling --json results/scaling.json --plot results/scaling.png    about 6 minutes a signal
+    python -m benchmarks.scaling --small --check                                           `make test-scaling`
 
 Users ask, read the answer and ask again; their number and the length of their prompts change on the way:
 
@@ -36,16 +36,13 @@ from statistics import quantiles
 from typing import Any
 
 import httpx
-import yaml
 from rich.console import Console
 
-from deployments.local import launch
+from benchmarks import demo
+from benchmarks.demo import MODEL, ROOT
 from deployments.local.api import ServeApi
-from deployments.local.ports import free_ports
 from deployments.local.record import Record
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = "gemma3-recall"
 KV_MEMORY = "8MiB"
 DELAYS = {"look_back_s": 8, "upscale_delay_s": 4, "downscale_delay_s": 10}
 SIGNALS: dict[str, dict[str, Any]] = {
@@ -393,19 +390,11 @@ def ttft(asked: Sequence[Asked], phase: str | None) -> dict[str, float] | None:
 
 def start(signal: str, plan: Plan, folder: Path, console: Console) -> Record:
     """Serve with one replica; the caller stops it."""
-    port, dashboard, metrics = free_ports(3)
-    data = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    data["http_options"]["port"] = port
-    args = data["applications"][0]["args"]
-    args["model"]["path"] = str(ROOT / "var" / "models" / MODEL)
-    args["engine"] |= {"max_model_len": 4096, "kv_memory": KV_MEMORY, "max_num_seqs": 64}
     # A step's prompt tokens need memory in every window: with vLLM's 2,048, one prompt would fill a replica.
-    args["engine"]["extra"] = {"max_num_batched_tokens": 256}
-    args["replicas"] = {"min": 1, "max": plan.most, **DELAYS, **SIGNALS[signal]}
-    args["stream_batch_ms"] = 100
-    file = folder / "scaling.yaml"
-    file.write_text(yaml.safe_dump(data))
-    return launch.serve(file, launch.Options(None, None, dashboard, metrics, True, 500), console, folder / "run")
+    step = {"max_num_batched_tokens": 256}
+    engine = {"max_model_len": 4096, "kv_memory": KV_MEMORY, "max_num_seqs": 64, "extra": step}
+    replicas = {"min": 1, "max": plan.most, **DELAYS, **SIGNALS[signal]}
+    return demo.serve(folder, console, engine, replicas=replicas, stream_batch_ms=100)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -509,7 +498,7 @@ def main() -> None:
             try:
                 results[signal] = asyncio.run(drive(start(signal, plan, folder, console), plan, console))
             finally:
-                launch.stop(folder / "run")
+                demo.stop(folder)
         print(table({signal: results[signal]}), flush=True)
         wrong += [f"{signal}: {what}" for what in faults(results[signal], plan.most if signal == "kv-memory" else 1)]
         if options.json:

@@ -1,6 +1,6 @@
 """Mixed traffic on two CPU replicas for half an hour, a kill every three minutes: what grows, leaks, errs?
 
-    python benchmarks/soak.py [--minutes 30] [--clients 6] [--json results/soak.json] [--plot docs/img/soak.png]
+    python -m benchmarks.soak [--minutes 30] [--clients 6] [--json results/soak.json] [--plot docs/img/soak.png]
 
 Clients hold conversations, ask about shared tables, stream recitals, send prompts that nearly fill the context, and
 hang up. Every three minutes they pause: then no page may be held, and what the router foretells of requests sent one
@@ -34,16 +34,16 @@ from typing import Any
 
 import httpx
 import psutil
-import yaml
 from rich.console import Console
 
-from deployments.local import launch
-from deployments.local.ports import free_ports
+from benchmarks import demo
+from benchmarks.demo import MODEL, ROOT
 from deployments.local.record import Record
 from jenga.demo import recall
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL, CONTEXT, KV_MEMORY = "gemma3-recall", 1024, "16MiB"
+CONTEXT = 1024
+# Little KV memory, so that its limits are met.
+ENGINE = {"max_model_len": CONTEXT, "max_num_seqs": 16, "kv_memory": "16MiB"}
 KILL_EVERY_S, SAMPLE_S, WINDOW_S = 180.0, 5.0, 30.0
 # A process is warm after this time of its life; a slope over less than the second is noise.
 WARM_S, LEAST_LIFE_S = 240.0, 240.0
@@ -493,19 +493,6 @@ def plot(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
-def start(folder: Path, console: Console) -> Record:
-    """Two replicas of the demo model with little KV memory; the caller stops them."""
-    port, dashboard, metrics = free_ports(3)
-    data = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    data["http_options"]["port"] = port
-    args = data["applications"][0]["args"]
-    args["model"]["path"] = str(ROOT / "var" / "models" / MODEL)
-    args["engine"] |= {"max_model_len": CONTEXT, "max_num_seqs": 16, "kv_memory": KV_MEMORY}
-    file = folder / "soak.yaml"
-    file.write_text(yaml.safe_dump(data))
-    return launch.serve(file, launch.Options(None, None, dashboard, metrics, True, 400), console, folder / "run")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
@@ -519,10 +506,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="soak-") as made:
         folder = Path(made)
         try:
-            record = start(folder, console)
+            record = demo.serve(folder, console, ENGINE)
             result = asyncio.run(soak(record, options.minutes, options.clients, console))
         finally:
-            launch.stop(folder / "run")
+            demo.stop(folder)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     result = {"commit": commit.strip(), "machine": machine, "clients": options.clients} | result
