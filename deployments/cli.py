@@ -60,9 +60,10 @@ def stop(state_dir: StateDir = None) -> None:
     """Stop what [bold]jenga serve[/] started, and only that."""
     console = Console()
     begin = time.monotonic()
-    stopped = launch.stop(_folder(state_dir))
+    folder = _folder(state_dir)
+    stopped = launch.stop(folder)
     if stopped is None:
-        console.print("nothing is being served")
+        console.print(_nothing(folder, "stop"), soft_wrap=True, highlight=False, markup=False)
     else:
         console.print(f"stopped {escape(stopped.config)} [dim]({time.monotonic() - begin:.1f} s)[/]", highlight=False)
 
@@ -78,9 +79,12 @@ def status(
     if cluster is not None:
         cluster_cli.status(cluster, as_json=as_json)
         return
-    found = launch.status(_folder(state_dir))
+    folder = _folder(state_dir)
+    found = launch.status(folder)
     if found is None:
-        print(json.dumps({"running": False}) if as_json else "nothing is being served")
+        others = {str(other): running.url for other, running in record.elsewhere(folder).items()}
+        none = {"running": False, "state_dir": str(folder), "elsewhere": others}
+        print(json.dumps(none) if as_json else _nothing(folder, "status"))
         raise typer.Exit(3)
     running, state = found
     uptime = time.time() - running.started
@@ -119,6 +123,15 @@ def status(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _nothing(folder: Path, command: str) -> str:
+    """That nothing runs by the record in a folder, and how to come at what others say."""
+    others = [
+        f"{running.config} is served at {running.url}: `jenga {command} --state-dir {other}`"
+        for other, running in record.elsewhere(folder).items()
+    ]
+    return "\n".join([f"nothing is being served from here (no record in {folder})", *others])
 
 
 def _folder(state_dir: Path | None) -> Path:

@@ -178,12 +178,13 @@ def _strings(data: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _placeholders(raw: Mapping[str, Any]) -> Iterator[str]:
-    found: dict[str, str] = {}
+    seen: set[int] = set()
     for place, text in _strings(raw):
-        for name in re.findall(rf"{PLACEHOLDER}[\w.-]+", text):
-            found.setdefault(name, place)  # by an anchor of the file, one value may stand in many places
-    for name, place in found.items():
-        yield f"{place}: {name} stands for a value of yours; the comment beside it says which"
+        if id(text) in seen:
+            continue  # by an anchor of the file, one value stands in many places
+        seen.add(id(text))
+        for name in dict.fromkeys(re.findall(rf"{PLACEHOLDER}[\w.-]+", text)):
+            yield f"{place}: {name} stands for a value of yours; the comment beside it says which"
 
 
 def _types(raw: Mapping[str, Any]) -> Iterator[str]:

@@ -121,7 +121,7 @@ def _serve(path: Path, config: ServeFile, options: Options, progress: Progress, 
             for sock in sockets:
                 sock.close()
             sockets = []
-        supervisor = _spawn(config, ports, ray_dir, isolated, sockets, log)
+        supervisor = _spawn(config, ports, ray_dir, isolated, sockets, log, folder)
     finally:
         for sock in sockets:
             sock.close()
@@ -318,6 +318,7 @@ def _spawn(
     isolated: bool,
     sockets: list[socket.socket],
     log: Path,
+    folder: Path,
 ) -> ProcessId:
     """Start the supervisor, which outlives this command."""
     listeners = {str(sock.getsockname()[1]): sock.fileno() for sock in sockets}
@@ -326,13 +327,13 @@ def _spawn(
     package_root = str(Path(__file__).resolve().parents[2])
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "deployments.local.supervisor", orders.to_argument()],
+            [*prefix, sys.executable, "-m", record.SUPERVISOR, orders.to_argument()],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=list(listeners.values()),
-            env=node.environment(os.environ, ports, package_root),
+            env=node.environment(os.environ, ports, package_root) | {record.STATE_DIR: str(folder)},
         )
     identity = ProcessId.of(process.pid)
     if identity is None:

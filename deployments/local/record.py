@@ -9,10 +9,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from deployments.local.processes import ProcessId
 
 NAME = "serve.json"
 
+STATE_DIR = "JENGA_STATE_DIR"
+"""Variable with the record's folder; every supervisor has it, so that others find its record."""
+SUPERVISOR = "deployments.local.supervisor"
+"""Module that a supervisor runs, which its command line names."""
 API_KEY = "JENGA_API_KEY"
 """Variable with the key that our own commands present where a deployment asks for keys."""
 
@@ -72,7 +78,7 @@ class Record:
 
 def default_folder() -> Path:
     """Where the record lies: ``$JENGA_STATE_DIR``, or var/run below the working directory."""
-    return Path(os.environ.get("JENGA_STATE_DIR") or "var/run").absolute()
+    return Path(os.environ.get(STATE_DIR) or "var/run").absolute()
 
 
 def read(folder: Path) -> Record | None:
@@ -82,6 +88,20 @@ def read(folder: Path) -> Record | None:
         return Record(**data | {"supervisor": ProcessId(**data["supervisor"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def elsewhere(folder: Path) -> dict[Path, Record]:
+    """Deployments that run on this machine with their record in another folder, as far as this user may see."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        if SUPERVISOR not in (process.info["cmdline"] or ()):
+            continue
+        with contextlib.suppress(psutil.Error, OSError, KeyError):
+            other = Path(process.environ()[STATE_DIR])
+            running = read(other)
+            if other != folder and running is not None and running.supervisor == ProcessId.of(process.pid):
+                found[other] = running
+    return found
 
 
 def write(folder: Path, record: Record) -> None:

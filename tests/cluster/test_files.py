@@ -50,8 +50,10 @@ def test_ray_and_our_checks_accept_the_shipped_files_once_edited(name: str, edit
         assert any(kind.endswith("-spot") for kind in workers)
         assert all(node["resources"]["GPU"] == 1 for node in workers.values())
         assert types["head"]["resources"] == {"CPU": 0}
-    with pytest.raises(checks.ClusterError, match="stands for a value of yours"):
+    with pytest.raises(checks.ClusterError, match="stands for a value of yours") as told:
         checks.check(ROOT / f"cluster/{name}.yaml")
+    written = (ROOT / f"cluster/{name}.yaml").read_text().count("EDIT_")
+    assert str(told.value).count("EDIT_") == written, "all of them at once, each once"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -609,6 +609,17 @@ def test_status_shows_replicas_and_addresses(served: Running) -> None:
     assert [r["state"] for r in data["replicas"]].count("RUNNING") == 3
 
 
+def test_from_another_folder_one_is_told_where_to_look(served: Running, tmp_path: Path) -> None:
+    for command, code in (("status", 3), ("stop", 0)):
+        told = jenga(tmp_path, command)
+        assert told.returncode == code
+        assert f"nothing is being served from here (no record in {tmp_path})" in told.stdout
+        assert f"{served.record.url}: `jenga {command} --state-dir {served.state}`" in told.stdout
+    found = json.loads(jenga(tmp_path, "status", "--json").stdout)
+    assert (found["running"], found["elsewhere"][str(served.state)]) == (False, served.record.url)
+    assert jenga(tmp_path, "status", "--state-dir", str(served.state)).returncode == 0
+
+
 def test_a_second_serve_is_refused_and_hurts_nobody(served: Running) -> None:
     second = jenga(served.state, "serve", str(served.config), *served.options)
     assert second.returncode == 1
