@@ -145,7 +145,7 @@ def report(config: ServeFile) -> Report:
         details = api.get("/api/serve/applications/")
     except (httpx.HTTPError, ValueError, KeyError) as error:
         return Report("UNREACHABLE", message=f"Ray's dashboard: {error}", **where)
-    state = read_state(details, name)
+    state = read_state(details, name, hosts_may_die=True)
     return Report(
         application=state.status,
         summary=state.summary(),

@@ -50,8 +50,12 @@ class State:
         return ", ".join(parts)
 
 
-def read_state(details: dict[str, Any], application: str) -> State:
-    """The application's state in what `GET /api/serve/applications/` answered."""
+def read_state(details: dict[str, Any], application: str, *, hosts_may_die: bool = False) -> State:
+    """The application's state in what `GET /api/serve/applications/` answered.
+
+    With `hosts_may_die`, what Serve repairs by itself is no failure: replicas that died with their host, or are
+    unhealthy.
+    """
     app = (details.get("applications") or {}).get(application)
     if app is None:
         return State("NOT_STARTED")
@@ -63,18 +67,23 @@ def read_state(details: dict[str, Any], application: str) -> State:
     )
     wanted = {name: deployment.get("target_num_replicas", 0) for name, deployment in deployments.items()}
     failure = None
-    if app["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
+    if app["status"] == "DEPLOY_FAILED" or (app["status"] == "UNHEALTHY" and not hosts_may_die):
         messages = [deployment.get("message", "") for deployment in deployments.values()]
         failure = _reason([*messages, app.get("message", "")])
     else:
         # Serve would try again and again; the first failure of a constructor says enough.
         failed = [
-            deployment["message"]
+            message
             for deployment in deployments.values()
-            if "failed to start" in (deployment.get("message") or "")
+            if "failed to start" in (message := deployment.get("message") or "")
+            and not (hosts_may_die and _DIED in message)
         ]
         failure = _reason(failed) if failed else None
     return State(app["status"], replicas, wanted, failure, app.get("message", ""))
+
+
+# Ray's words where a process ended by no error of its own.
+_DIED = "The actor died unexpectedly"
 
 
 def _reason(messages: list[str]) -> str:

@@ -248,6 +248,15 @@ def test_an_application_that_starts_is_summed_up() -> None:
 def test_the_first_failed_constructor_is_failure_enough() -> None:
     message = "A replica failed to start with exception. Retrying 5 more time(s). Error:\nValueError: too small\n"
     assert read_state(details("DEPLOYING", message), "jenga").failure == "too small"
+    assert read_state(details("DEPLOYING", message), "jenga", hosts_may_die=True).failure == "too small"
+
+
+def test_what_died_with_its_host_is_a_failure_only_where_there_is_one_host() -> None:
+    died = "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.\n"
+    message = f"A replica failed to start with exception. Retrying 5 more time(s). Error:\n{died}"
+    for status, said in (("DEPLOYING", message), ("UNHEALTHY", "A replica's health check failed.")):
+        assert read_state(details(status, said), "jenga").failure
+        assert read_state(details(status, said), "jenga", hosts_may_die=True).failure is None
 
 
 def test_a_failed_build_is_explained_by_the_application() -> None:
