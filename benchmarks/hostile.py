@@ -709,6 +709,7 @@ def main() -> None:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
         machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
         head = {"commit": git.strip(), "machine": machine, "seconds": round(time.monotonic() - began)}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(head | result, indent=1) + "\n")
     print(result["verdict"])
     sys.exit(not good)

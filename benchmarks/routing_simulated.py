@@ -246,6 +246,7 @@ def main() -> None:
     key = itemgetter("model", "as_is", "start", "load")
     old = json.loads(given.json.read_text())["cases"] if given.json.exists() else []
     kept = [case for case in old if key(case) not in set(map(key, done))]
+    given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps({"cases": kept + done}, indent=1) + "\n")
 
 
