@@ -95,8 +95,12 @@ class CacheAwareRouter(RequestRouter):
         if not candidate_replicas:
             return []
         started = time.perf_counter()
+        again = None if pending_request is None else pending_request.metadata.internal_request_id
+        if again is not None and self._booked.pop(again, None) is not None:
+            self._settle(again)  # what it left nowhere must not draw it there
         by_id = {replica.replica_id: replica for replica in candidate_replicas}
-        states = {id_: self._state(id_, replica) for id_, replica in by_id.items()}
+        placed = Counter(booked.replica for booked in self._booked.values())  # and not sent yet
+        states = {id_: self._state(id_, replica, placed[id_]) for id_, replica in by_id.items()}
         body = pending_request.args[0] if pending_request is not None and pending_request.args else None
         tokens = keys.token_ids(body)
         reason, order = "no tokens" if not tokens else "no index", None
@@ -128,8 +132,6 @@ class CacheAwareRouter(RequestRouter):
     ) -> list[ReplicaID] | None:
         """Replicas in order of cost, the best one booked; None if no replica's cache is known."""
         request = None if pending_request is None else pending_request.metadata.internal_request_id
-        if request is not None and self._booked.pop(request, None) is not None:
-            self._settle(request)  # asked again: what it left nowhere must not draw it there
         for computed in self._feed.index.take_computed():
             self._ledger.settle(computed)
         prompt = self._look_up(tokens, getattr(body, "cache_salt", None))
@@ -181,13 +183,13 @@ class CacheAwareRouter(RequestRouter):
         self._feed.index.settle(request)
 
     def _taking(self, states: Mapping[ReplicaID, State]) -> list[ReplicaID]:
-        """Replicas that may be given one more; what is placed and not sent yet counts."""
-        placed = Counter(booked.replica for booked in self._booked.values())
-        return self._slow_start.open({id_: state.queue + placed[id_] for id_, state in states.items()})
+        """Replicas that may be given one more."""
+        return self._slow_start.open({id_: state.queue for id_, state in states.items()})
 
-    def _state(self, replica_id: ReplicaID, replica: RunningReplica) -> State:
+    def _state(self, replica_id: ReplicaID, replica: RunningReplica, placed: int) -> State:
         used = (replica.routing_stats or {}).get(KV_IN_USE)
-        return State(self.replica_queue_len_cache.get(replica_id) or 0, used if isinstance(used, float) else 0.0)
+        queue = self.replica_queue_len_cache.get(replica_id) or 0
+        return State(queue + placed, used if isinstance(used, float) else 0.0)
 
     def _look_up(self, tokens: list[int], salt: str | None) -> _Prompt | None:
         """The prompt's blocks and its hits by replica, None if no replica's cache is known."""

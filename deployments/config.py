@@ -240,7 +240,7 @@ class Router(Section):
     """
 
     policy: Literal["cache-aware", "prefix-affinity", "least-loaded"] = "cache-aware"
-    request_price: float = Field(32, ge=0, description="prompt tokens that a request in progress costs another one")
+    request_price: float = Field(64, ge=0, description="prompt tokens that it costs to come to a request in progress")
     compute_price: float = Field(1, ge=0, description="price of a prompt token to compute; 1 is one to wait for")
     behind_price: float = Field(1, ge=0, description="what it costs more for each request in progress on a replica")
     store_price: float = Field(0.5, ge=0, description="share of that price for a token that is not stored there yet")

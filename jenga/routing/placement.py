@@ -5,7 +5,7 @@ Pure Python without Ray.  All costs are in tokens of prompt to compute, the one 
 - what is not cached there and must be computed: this request waits for it, and so do all in progress beside it;
 - what is not stored there at all: it takes the place of something that others could find;
 - what this router has sent there before and is not finished (`Ledger`): it is computed first;
-- a fixed price for each request in progress, whose decoding shares the steps;
+- a fixed price for each request in progress: each delays the other, since they share the steps;
 - a share of its own work where live requests hold nearly all KV memory, and it would wait or push others out.
 
 A hot prefix spreads by itself: once the replica that has it is busy for longer than computing the prefix elsewhere
@@ -36,7 +36,7 @@ CROWDED = 0.8
 class Prices:
     """Constants of the placement, in tokens of prompt.
 
-    request: what one request in progress costs another one (the share of its decoding in the steps of a prefill).
+    request: what it costs to come to one request in progress: each has a share of its decoding in the other's steps.
     compute: what each token to compute costs this request; 1 is the price of one that is computed before it.
     behind: what it costs beyond that for each request in progress on a replica, on average: as many wait for it.  Idle
         replicas are used although they must compute a prompt anew; busy ones keep to what they have.
@@ -49,7 +49,7 @@ class Prices:
     slack: replicas this close to the cheapest are as good: among them the least loaded is taken.
     """
 
-    request: float = 32.0
+    request: float = 64.0
     compute: float = 1.0
     behind: float = 1.0
     pressure: float = 1.0
