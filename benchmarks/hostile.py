@@ -1,10 +1,12 @@
 """Ten thousand abused requests against a running application: what breaks, what leaks, what do others notice?
 
-    python -m benchmarks.hostile [--requests 10000] [--json results/hostile.json]
+    python -m benchmarks.hostile [--requests 10000] [--rounds 2] [--json results/hostile.json]
 
-Two CPU replicas of the demo model, with API keys. Abuses come family by family, 32 at a time, twice over, so that
-memory which grows with abuse shows as a difference between the rounds. A well-behaved client, a process of its own
+Two CPU replicas of the demo model, with API keys. Abuses come family by family, 32 at a time, all of it in every round,
+so that memory which grows with abuse shows as a difference between rounds. A well-behaved client, a process of its own
 with a key of another tenant, asks a question with a known answer four times a second, before, during and after.
+Where there are three cores or more, the last is the clients', on which the well-behaved one goes first, and the others
+are the server's: times are to be the server's, not those of clients in each other's way.
 
 A fault is an answer of 5xx other than 503 with Retry-After, or no answer at all to what deserves one. Exit status 1
 where there is a fault, a page that is still held at the end, or a wrong answer to the well-behaved client.
@@ -27,7 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -558,6 +560,20 @@ HOLDERS = {
 }
 
 
+@dataclass(frozen=True)
+class Cores:
+    """Which cores are whose; the same ones where there are too few to divide."""
+
+    server: tuple[int, ...]
+    clients: tuple[int, ...]
+
+    @classmethod
+    def divided(cls) -> Cores:
+        """The last core that this process may use for the clients, all others for the server."""
+        cores = tuple(sorted(os.sched_getaffinity(0)))
+        return cls(cores[:-1], cores[-1:]) if len(cores) > 2 else cls(cores, cores)
+
+
 def start(folder: Path, console: Console) -> tuple[Record, dict[str, str]]:
     """Two replicas of the demo model with keys and limits, and the keys; the caller stops them."""
     keys, ring = {}, keyring.KeyRing.new()
@@ -604,23 +620,26 @@ def rounds(families: Families, schema: Sequence[Abuse], drawn: int) -> dict[str,
 CALM_S = 20.0
 
 
-async def abuse_all(record: Record, keys: Mapping[str, str], requests: int, console: Console) -> dict[str, Any]:
+async def abuse_all(
+    record: Record, keys: Mapping[str, str], requests: int, repeats: int, console: Console
+) -> dict[str, Any]:
     """The whole run."""
     place = (str(urlsplit(record.url).hostname), record.port)
     head = {"Authorization": f"Bearer {keys['root']}"}
     spec = httpx.get(f"{record.url}/openapi.json", headers=head, timeout=30, trust_env=False).raise_for_status().json()
-    drawn = requests // 2 - (2 * AT_ONCE + 2 * SLOW + SLOW // 4)
+    drawn = requests // repeats - (2 * AT_ONCE + 2 * SLOW + SLOW // 4)
     count = round(drawn * (1 - sum(SHARES.values())))
-    console.print(f"making {2 * count} requests of the OpenAPI description ...")
+    console.print(f"making {repeats * count} requests of the OpenAPI description ...")
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        schemas = pool.starmap(from_schema, [(spec, count, seed, keys["mallory"]) for seed in (1, 2)])
+        schemas = pool.starmap(from_schema, [(spec, count, seed, keys["mallory"]) for seed in range(1, repeats + 1)])
     rows, marks = [], []
     with well_behaved(record.url, keys["alice"]) as answers:
+        os.nice(10)  # behind the well-behaved one, which has begun
         await asyncio.sleep(8)
         begin = time.time()
         await asyncio.sleep(CALM_S)
         marks.append(("before", begin, time.time(), resident(record)))
-        for number in (1, 2):
+        for number in range(1, repeats + 1):
             families = Families(spec, seed=number, key=keys["mallory"], limited=keys["limited"])
             for name, (abuses, at_a_time) in rounds(families, schemas[number - 1], drawn).items():
                 begin = time.time()
@@ -672,43 +691,54 @@ def show(result: dict[str, Any], console: Console) -> None:
     add("(before)", "", "", "", calm["before"])
     for row in result["rows"]:
         answered = ", ".join(f"{status}: {count}" for status, count in row["statuses"].items())
-        name = row["family"] + (" (again)" if row["round"] == 2 else "")
+        name = row["family"] + (f" (round {row['round']})" if row["round"] > 1 else "")
         add(name, f"{row['requests']:,}", answered, str(len(row["faults"])), row["well_behaved"])
-    add("(after)", "", "", "", calm["after round 2"])
+    add("(after)", "", "", "", result["calm"][-1]["well_behaved"])
     console.print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000, help="in all, at least 5,000")
+    parser.add_argument("--rounds", type=int, default=2, help="times that all families come")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.requests < 5000:
-        parser.error(f"--requests {options.requests}: the floods and the slow ones alone are 4,450; give at least 5000")
+    if options.rounds < 2:
+        parser.error(f"--rounds {options.rounds}: growth shows from the second round on; give at least 2")
+    if options.requests < (least := 2500 * options.rounds):
+        parser.error(
+            f"--requests {options.requests}: the floods and the slow ones are {2225 * options.rounds:,} of "
+            f"{options.rounds} rounds; give at least {least}"
+        )
+    cores = Cores.divided()
     console = Console(stderr=True, width=160)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hostile-") as made:
         folder = Path(made)
         try:
+            os.sched_setaffinity(0, cores.server)  # inherited by what is started
             record, keys = start(folder, console)
-            result = asyncio.run(abuse_all(record, keys, options.requests, console))
+            os.sched_setaffinity(0, cores.clients)
+            result = asyncio.run(abuse_all(record, keys, options.requests, options.rounds, console))
         finally:
             demo.stop(folder)
     show(result, console)
     faults = sum(len(row["faults"]) for row in result["rows"])
     wrong = sum(len(each["well_behaved"]["wrong"]) for each in (*result["rows"], *result["calm"]))
     memory = {each["when"]: each["resident_mib"] for each in result["calm"]}
-    grown = {kind: mib - memory["after round 1"].get(kind, 0) for kind, mib in memory["after round 2"].items()}
+    last, former = (memory[f"after round {number}"] for number in (options.rounds, options.rounds - 1))
+    grown = {kind: mib - former.get(kind, 0) for kind, mib in last.items()}
     good = not faults and not wrong and not result["left"]["pages"]
     result["verdict"] = (
         f"{'good' if good else 'BAD'}: {faults} faults in {result['requests']:,} abused requests, {wrong} wrong or "
-        f"failed answers to the well-behaved client, {result['left']['pages']} pages held at the end; memory, second "
-        "round against the first, MiB: " + ", ".join(f"{kind} {mib:+d}" for kind, mib in sorted(grown.items()))
+        f"failed answers to the well-behaved client, {result['left']['pages']} pages held at the end; memory, last "
+        "round against the one before, MiB: " + ", ".join(f"{kind} {mib:+d}" for kind, mib in sorted(grown.items()))
     )
     if options.json:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
         machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
         head = {"commit": git.strip(), "machine": machine, "seconds": round(time.monotonic() - began)}
+        head |= {"cores": asdict(cores)}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(head | result, indent=1) + "\n")
     print(result["verdict"])

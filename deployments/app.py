@@ -175,11 +175,12 @@ def build(args: dict[str, Any]) -> serve.Application:
         auth = auth.model_copy(update={"keys_file": str(Path(auth.keys_file).expanduser().absolute())})
     ray_config = llm_config(config, model_folder(config))
     # `serve.ingress` pickles the FastAPI application, so it is made here, once per build.
-    ingress = make_fastapi_ingress(Ingress, endpoint_map=ENDPOINTS, app=build_fastapi(auth, config.limits))
+    fastapi = build_fastapi(auth, config.limits, context=config.engine.max_model_len, replicas=config.ingresses)
+    ingress = make_fastapi_ingress(Ingress, endpoint_map=ENDPOINTS, app=fastapi)
     deployment = serve.deployment(
         ingress,
         name="Ingress",
-        num_replicas=1,
+        num_replicas=config.ingresses,
         max_ongoing_requests=_NO_LIMIT,
         graceful_shutdown_timeout_s=config.limits.request_s + _LAST_WORDS_S,
         # Another one is up before this one ends.

@@ -7,7 +7,6 @@ many wrong parts; pickling fails on deep ones, and msgpack on numbers beyond 64 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,9 @@ _INTEGERS = range(-(2**63), 2**63)
 _TOKEN_LISTS = ("prompt", "stop_token_ids", "allowed_token_ids")
 # Fields that are compiled to a grammar.
 _FORMS = ("structured_outputs", "response_format")
-# A string, or what opens or closes a list or an object, with what is in front of it.  Possessive, so that it is linear.
-_PART = re.compile(rb'[^"\[\]{}]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"|([\[{])|[\]}])', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_OPENING = frozenset(b"[{")
+_TOO_LARGE_A_NUMBER = "Whole numbers may have at most 64 bits."
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,23 @@ class Fault:
     param: str | None = None
 
 
-def fault(body: bytes, limits: Limits) -> Fault | None:
-    """What is wrong with a body; None where nothing is, or where it is no JSON, which its parser tells better."""
+def fault(body: bytes, limits: Limits, context: int | None = None) -> Fault | None:
+    """What is wrong with a body; None where nothing is, or where it is no JSON, which its parser tells better.
+
+    `context`: tokens that the model can have, None if that is not known here.
+    """
     if b"\0" in body or not _is_utf8(body):
         return Fault("The request body is not JSON in UTF-8.", "invalid_json")
     if found := _shape_fault(body, limits.values):
         return found
     try:
         data = json.loads(body)
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, RecursionError):
         return None
-    return _Walk(limits.values).fault(data) or _form_fault(data, limits)
+    except ValueError:
+        # Python refuses to read numbers of more than some thousand digits.
+        return Fault(_TOO_LARGE_A_NUMBER, "invalid_value")
+    return _Walk(limits.values).fault(data) or _form_fault(data, limits) or _length_fault(data, limits, context)
 
 
 def _is_utf8(body: bytes) -> bool:
@@ -63,23 +69,24 @@ def _too_many(most: int) -> Fault:
 
 
 def _shape_fault(body: bytes, most: int) -> Fault | None:
-    """Depth and number of strings, lists and objects, without parsing: ends where there are too many."""
-    at = depth = parts = 0
-    while match := _PART.match(body, at):
-        at = match.end()
-        if match[1]:
+    """Depth and number of strings, lists and objects, without parsing, and in little time whatever comes."""
+    # Without escapes every quote begins or ends a string.
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    strings = plain.count(b'"') // 2
+    pieces = plain.split(b'"', 2 * most + 1)
+    brackets = b"".join(pieces[: 2 * most + 1 : 2]).translate(None, _NOT_BRACKETS)
+    depth = parts = 0
+    for bracket in brackets[: 2 * most + 1]:
+        if bracket in _OPENING:
             depth += 1
+            parts += 1
             if depth > MOST_DEPTH:
                 return Fault(
                     f"The request body nests lists and objects deeper than {MOST_DEPTH} levels.", "nested_too_deeply"
                 )
-        elif body[at - 1] != 0x22:
+        else:
             depth -= 1
-            continue
-        parts += 1
-        if parts > most:
-            return _too_many(most)
-    return None
+    return _too_many(most) if strings + parts > most or len(brackets) > 2 * most else None
 
 
 class _Walk:
@@ -138,7 +145,7 @@ class _Walk:
         return None
 
     def _integer(self, value: int) -> Fault | None:
-        return None if value in _INTEGERS else Fault("Whole numbers may have at most 64 bits.", "invalid_value")
+        return None if value in _INTEGERS else Fault(_TOO_LARGE_A_NUMBER, "invalid_value")
 
 
 def _form_fault(data: Any, limits: Limits) -> Fault | None:
@@ -159,4 +166,32 @@ def _form_fault(data: Any, limits: Limits) -> Fault | None:
                 "grammar_too_large",
                 name,
             )
+    return None
+
+
+def too_long(tokens: int, most: int) -> Fault:
+    """The refusal of a prompt of more than `most` tokens."""
+    return Fault(
+        f"Prompts may have at most {most} tokens here (limits.prompt_tokens). However, your prompt has {tokens} "
+        "tokens. Please reduce the length of the prompt.",
+        "context_length_exceeded",
+    )
+
+
+def _length_fault(data: Any, limits: Limits, context: int | None) -> Fault | None:
+    """A prompt of too many tokens, where it is sent as tokens: validating each of them is what takes time."""
+    prompt = data.get("prompt") if isinstance(data, dict) else None
+    if not isinstance(prompt, list) or data.get("truncate_prompt_tokens") is not None:
+        return None
+    prompts = [prompt] if prompt and type(prompt[0]) is int else [each for each in prompt if isinstance(each, list)]
+    length = max(map(len, prompts), default=0)
+    if limits.prompt_tokens is not None and length > limits.prompt_tokens:
+        return too_long(length, limits.prompt_tokens)
+    if context is not None and length > context:
+        return Fault(
+            f"This model's maximum context length is {context} tokens. However, your prompt has {length} tokens. "
+            "Please reduce the length of the prompt.",
+            "context_length_exceeded",
+            "prompt",
+        )
     return None

@@ -306,6 +306,7 @@ class Serving(Section):
     model: Model
     engine: Engine = Engine()
     replicas: Replicas = 1
+    ingresses: PositiveInt = Field(1, description="processes that check, tokenise and route requests, each by itself")
     resources: Resources = Resources()
     router: Router = Router()
     auth: Auth | None = None

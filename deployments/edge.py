@@ -18,6 +18,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from deployments.errors import RETRY_AFTER_S, error_body
+from deployments.fairness import WISH
 
 HEAD_S = 20.0
 """Seconds from the connection, a request's first byte, or the rest of an answered one, to the end of a head."""
@@ -28,12 +29,13 @@ STALLED_S = 60.0
 MOST_CONNECTIONS = 4096
 """Open connections of one proxy."""
 
-# Ray's own, for proxies of its own in front: a time limit, going on without the client, a model, a session.
+# Ray's own, for proxies of its own in front: a time limit, going on without the client, a model, a session.  And ours.
 _INTERNAL = {
     b"x-request-timeout-seconds",
     b"x-request-disconnect-disabled",
     b"serve-multiplexed-model-id",
     b"x-session-id",
+    WISH,
 }
 _REQUEST_ID = b"x-request-id"
 _FIT_ID = re.compile(rb"[\w.:/+=-]{1,128}")

@@ -46,10 +46,13 @@ class Admitted:
 class Guard:
     """ASGI middleware; with `auth` every path but those in `OPEN` needs a key."""
 
-    def __init__(self, app: ASGIApp, *, auth: Auth | None, limits: Limits) -> None:
-        """Raises KeyFileError where the keys cannot be read: the ingress does not start without them."""
+    def __init__(self, app: ASGIApp, *, auth: Auth | None, limits: Limits, context: int | None = None) -> None:
+        """`context`: tokens that the model can have, if that is known.
+
+        Raises KeyFileError where the keys cannot be read: the ingress does not start without them."""
         self._app = app
         self._limits = limits
+        self._context = context
         self._keys = None if auth is None else LiveKeys(auth.keys_file, auth.keys_variable)
         self._quotas = Quotas()
         self._running: Counter[str | None] = Counter()
@@ -95,7 +98,7 @@ class Guard:
         parts: list[bytes] = []
         try:
             refused = await self._read(scope, receive, parts)
-            if refused is None and (found := bodies.fault(body := b"".join(parts), self._limits)) is not None:
+            if refused is None and (found := bodies.fault(body := b"".join(parts), self._limits, self._context)):
                 refused = error_response(found.message, 400, code=found.code, param=found.param)
             if refused is None:
                 await self._run(scope, _replay(body, receive), send)

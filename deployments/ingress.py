@@ -31,8 +31,10 @@ from vllm.exceptions import GenerationError, VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments import memory_map
+from deployments.bodies import too_long
 from deployments.config import Auth, Limits
 from deployments.errors import RETRY_AFTER_S, SECOND_TRY_S, error_body, error_response
+from deployments.fairness import AT_ONCE, TellsTurns
 from deployments.guard import TIME_IS_UP, Admitted, Guard, time_is_up
 from deployments.keys import attach
 from deployments.placement import prompt_of
@@ -151,11 +153,18 @@ class BodyRoute(APIRoute):
         return guarded
 
 
-def build_fastapi(auth: Auth | None = None, limits: Limits | None = None) -> FastAPI:
-    """Ray's FastAPI application (request ids, metrics, CORS) with our guard and error handlers."""
+def build_fastapi(
+    auth: Auth | None = None, limits: Limits | None = None, *, context: int | None = None, replicas: int = 1
+) -> FastAPI:
+    """Ray's FastAPI application (request ids, metrics, CORS) with our guard and error handlers.
+
+    `context`: tokens that the model can have, if that is known; `replicas`: ingresses that run it.
+    """
     app = init()
     # Innermost, so that refusals have CORS headers and are counted.
-    app.user_middleware.append(Middleware(Guard, auth=auth, limits=limits or Limits()))
+    app.user_middleware.append(Middleware(Guard, auth=auth, limits=limits or Limits(), context=context))
+    # Outermost, since what it sends is for the proxy alone.
+    app.add_middleware(TellsTurns, at_once=AT_ONCE * replicas)
     app.router.route_class = BodyRoute
 
     async def on_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -288,12 +297,8 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
         longest = max(lengths, default=0)
         if longest <= most:
             return None
-        return error_response(
-            f"Prompts may have at most {most} tokens here (limits.prompt_tokens). However, your prompt has {longest} "
-            "tokens. Please reduce the length of the prompt.",
-            400,
-            code="context_length_exceeded",
-        )
+        found = too_long(longest, most)
+        return error_response(found.message, 400, code=found.code)
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
@@ -389,6 +394,8 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
         if refused := await self._too_long(body, raw_request, ids):
             return refused
         ids = ids if self._tell_tokens else None
+        if raw_request is not None and (end_turn := getattr(raw_request.state, "end_turn", None)) is not None:
+            await end_turn()
         try:
             attach(body, ids)
             try:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.edge import Edge, bound_connections
 from deployments.errors import RETRY_AFTER_S, SECOND_TRY_S, error_body, error_response
+from deployments.fairness import InTurn
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,7 +30,7 @@ def middlewares() -> list[Middleware]:
     """What Serve's proxy puts around itself."""
     bound_connections()
     # The last is the outermost.
-    return [Middleware(SecondTry), Middleware(Edge)]
+    return [Middleware(SecondTry), Middleware(InTurn), Middleware(Edge)]
 
 
 class SecondTry:

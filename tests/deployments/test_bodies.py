@@ -53,7 +53,9 @@ def nested(depth: int) -> bytes:
         (b'{"a": "\xff"}', "invalid_json"),
         (b'{"a": ', None),
         (b'{"a": "never ends', None),
-        (b"9" * 5000, None),
+        (b"9" * 5000, "invalid_value"),
+        (b'{"a": "' + b'\\"' * 500_000 + b'", "b": ' + b"[" * 65, "nested_too_deeply"),
+        (b'{"a": "' + b"\\\\" * 9 + b'"' + b', "b": []' * 60 + b"}", "too_many_values"),
         (b"", None),
     ],
 )

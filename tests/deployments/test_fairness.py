@@ -1,0 +1,206 @@
+"""Turns between proxy and ingress: what passes when, for whom, and what ends a turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from deployments import fairness
+from deployments.fairness import TOLD, InTurn, TellsTurns
+
+Answer = Callable[[Scope, Receive, Send], Awaitable[None]]
+HEAD: Message = {"type": "http.response.start", "status": 200, "headers": []}
+END: Message = {"type": "http.response.body", "body": b""}
+
+
+class Ingress:
+    """One that reads the body, tells that an engine has the request if asked to, and answers when told."""
+
+    def __init__(self, at_once: int = 1) -> None:
+        self.app = InTurn(TellsTurns(self.answer, at_once=at_once))
+        self.inside: list[str] = []
+        self.bodies: list[bytes] = []
+        self.go_on = asyncio.Event()
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        tenant = headers.get(b"authorization", b"").decode()
+        if tenant:
+            scope["state"]["admitted"] = SimpleNamespace(key=SimpleNamespace(tenant=tenant))
+        self.inside.append(scope["path"])
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        self.bodies.append(body)
+        if b"x-engine" in headers:
+            await scope["state"]["end_turn"]()
+            await scope["state"]["end_turn"]()
+        if scope["path"] != "/quick":
+            await self.go_on.wait()
+        await send(dict(HEAD))
+        await send(dict(END))
+
+    def ask(self, path: str, key: str = "", content: Any = b"", peer: str = "10.0.0.1", **headers: str) -> Any:
+        """A request under way."""
+        transport = httpx.ASGITransport(self.app, client=(peer, 1))
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+
+        async def asked() -> httpx.Response:
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
+                return await http.post(path, content=content, headers={"Authorization": key} | named)
+
+        return asyncio.create_task(asked())
+
+    async def holds(self, *paths: str) -> None:
+        async with asyncio.timeout(20):
+            while self.inside != list(paths):
+                await asyncio.sleep(0.005)
+        await asyncio.sleep(0.02)
+        assert self.inside == list(paths)
+
+
+@pytest.mark.asyncio
+async def test_another_tenant_passes_a_flood_and_the_ingress_tells_who_is_who() -> None:
+    ingress = Ingress()
+    for key in ("evil", "good"):
+        assert (await ingress.ask("/quick", key)).status_code == 200
+    ingress.inside.clear()
+    flood = [ingress.ask(f"/{n}", "evil") for n in range(5)]
+    await ingress.holds("/0")
+    good = ingress.ask("/good", "good")
+    await ingress.holds("/0")
+    ingress.go_on.set()
+    assert {answer.status_code for answer in await asyncio.gather(*flood, good)} == {200}
+    assert ingress.inside.index("/good") == 1
+
+
+@pytest.mark.asyncio
+async def test_without_keys_addresses_are_told_apart() -> None:
+    ingress = Ingress()
+    await ingress.ask("/quick")
+    ingress.inside.clear()
+    flood = [ingress.ask(f"/{n}", f"made up {n}", peer="10.6.6.6") for n in range(5)]
+    await ingress.holds("/0")
+    good = ingress.ask("/good")
+    await ingress.holds("/0")
+    ingress.go_on.set()
+    await asyncio.gather(*flood, good)
+    assert ingress.inside.index("/good") == 1, "what nobody has vouched for counts as its address"
+
+
+@pytest.mark.asyncio
+async def test_a_turn_ends_when_an_engine_has_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    ingress = Ingress()
+    await ingress.ask("/quick")
+    ingress.inside.clear()
+    first, second = ingress.ask("/first", x_engine="1"), ingress.ask("/second")
+    await ingress.holds("/first", "/second")
+    third = ingress.ask("/third")
+    await ingress.holds("/first", "/second")
+    monkeypatch.setattr(fairness, "_LEASE_S", 0.05)
+    second.cancel()
+    await ingress.holds("/first", "/second", "/third")
+    fourth = ingress.ask("/fourth")
+    await ingress.holds("/first", "/second", "/third", "/fourth")
+    ingress.go_on.set()
+    assert [(await each).content for each in (first, third, fourth)] == [b""] * 3, "and clients see nothing of it"
+
+
+@pytest.mark.asyncio
+async def test_a_body_that_comes_slowly_holds_no_turn_and_needs_one_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairness, "_CLIENT_S", 0.05)
+    ingress = Ingress()
+    await ingress.ask("/quick")
+    ingress.inside.clear()
+    ingress.bodies.clear()
+    rest = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"slow "
+        await rest.wait()
+        yield b"body"
+
+    begun = ingress.ask("/quick", content=slow())
+    await ingress.holds("/quick")
+    other = ingress.ask("/other")
+    await ingress.holds("/quick", "/other")
+    assert ingress.bodies == [b""], "the other one's turn came"
+    rest.set()
+    await asyncio.sleep(0.1)
+    assert ingress.bodies == [b""], "and the end of the first waits for it"
+    ingress.go_on.set()
+    await asyncio.gather(begun, other)
+    assert ingress.bodies == [b"", b"slow body"]
+
+
+@pytest.mark.asyncio
+async def test_large_bodies_wait_for_each_other_and_arrive_whole() -> None:
+    ingress = Ingress(at_once=3)
+    await ingress.ask("/quick")
+    ingress.inside.clear()
+    ingress.bodies.clear()
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield b"x" * 30_000
+
+    large = [ingress.ask("/large", content=parts()) for _ in range(2)]
+    await ingress.holds("/large")
+    small = ingress.ask("/small", content=b"y")
+    await ingress.holds("/large", "/small")
+    ingress.go_on.set()
+    await asyncio.gather(*large, small)
+    assert sorted(map(len, ingress.bodies)) == [1, 150_000, 150_000]
+
+
+@pytest.mark.asyncio
+async def test_who_left_while_waiting_is_not_let_in() -> None:
+    ingress = Ingress()
+    await ingress.ask("/quick")
+    ingress.inside.clear()
+    first = ingress.ask("/first")
+    await ingress.holds("/first")
+    messages: list[Message] = [
+        {"type": "http.request", "body": b"", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/gone", "headers": [], "client": ("10.0.0.9", 1)}
+    gone = asyncio.create_task(ingress.app(scope, receive, send))
+    await ingress.holds("/first")
+    ingress.go_on.set()
+    await asyncio.gather(first, gone)
+    assert ingress.inside == ["/first"]
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_told_where_nobody_asked() -> None:
+    sent: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert "end_turn" not in scope.get("state", {})
+        await send(dict(HEAD))
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    tells = TellsTurns(app, at_once=1)
+    await tells({"type": "http", "path": "/", "headers": []}, receive, send)
+    assert sent == [HEAD]
+    assert TOLD not in sent[0]
