@@ -154,9 +154,13 @@ def _form_fault(data: Any, limits: Limits) -> Fault | None:
         return None
     messages = data.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
+        where = f"messages.{number}"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            where = f"messages.{number}"
             return Fault(f"{where}: This is no message: an object with a role.", "invalid_value", where)
+        content = message.get("content")
+        if isinstance(content, list) and not set(map(type, content)) <= {dict, str}:
+            where += ".content"
+            return Fault(f"{where}: Parts are texts or objects with a type.", "invalid_value", where)
     most = int(limits.grammar)
     for name in _FORMS:
         if name in data and len(json.dumps(data[name], ensure_ascii=False)) > most:

@@ -48,6 +48,8 @@ def nested(depth: int) -> bytes:
         (b'{"a": [1e999]}', "invalid_value"),
         ({"messages": [{"role": "user"}, 3]}, "invalid_value"),
         ({"messages": [{"content": "x"}]}, "invalid_value"),
+        ({"messages": [{"role": "user", "content": [1]}]}, "invalid_value"),
+        ({"messages": [{"role": "user", "content": ["x", {"type": "text", "text": "y"}]}]}, None),
         ({"structured_outputs": {"regex": "(" * 1000}}, "grammar_too_large"),
         (json.dumps({"a": 1}).encode("utf-16"), "invalid_json"),
         (b'{"a": "\xff"}', "invalid_json"),
@@ -61,6 +63,32 @@ def nested(depth: int) -> bytes:
 )
 def test_a_body_is_refused_for_what_would_cost_others(body: bytes | dict[str, Any], expected: str | None) -> None:
     assert code(body) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "refused"),
+    [
+        ({"prompt": [1] * 8}, False),
+        ({"prompt": [1] * 9}, True),
+        ({"prompt": [[1] * 3] * 9}, False),
+        ({"prompt": [[1], [1] * 9]}, True),
+        ({"prompt": ["k"] * 9}, False),
+        ({"prompt": [1] * 9, "truncate_prompt_tokens": 5}, False),
+        ({"stop_token_ids": [1] * 9}, False),
+    ],
+)
+def test_tokens_beyond_the_context_are_refused_unread(body: dict[str, Any], refused: bool) -> None:
+    expected = "context_length_exceeded" if refused else None
+    for limits, context in ((LIMITS, 8), (LIMITS.model_copy(update={"prompt_tokens": 8}), 100)):
+        found = fault(json.dumps(body).encode(), limits, context)
+        assert (found and found.code) == expected
+        assert found is None or "at most 8 tokens" in found.message or "length is 8 tokens" in found.message
+
+
+def test_a_number_of_many_digits_is_told_as_one() -> None:
+    found = fault(b'{"seed": ' + b"9" * 5000 + b"}", LIMITS)
+    assert found is not None
+    assert found.message == "Whole numbers may have at most 64 bits."
 
 
 TEXT = st.text(st.characters(codec="utf-8"))
