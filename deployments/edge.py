@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from deployments.errors import RETRY_AFTER_S, error_body
 from deployments.fairness import WISH
+from deployments.peers import Peers
 
 HEAD_S = 20.0
 """Seconds from the connection, a request's first byte, or the rest of an answered one, to the end of a head."""
@@ -90,6 +91,8 @@ class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with a head that ends in time and in size, and a bound on connections."""
 
     _head: asyncio.TimerHandle | None = None
+    _peers: Peers
+    _entered = False
     _aside = 0
     """Bytes since the connection, a head or a part of a body."""
 
@@ -97,14 +100,19 @@ class BoundedProtocol(HttpToolsProtocol):
         """A client connected."""
         super().connection_made(transport)
         self.flow = _Patience(transport)
+        self._entered = self._peers.enter(self.client and self.client[0])
         if len(self.connections) > MOST_CONNECTIONS:
             self._refuse(503, "Too many connections.", "overloaded", f"retry-after: {RETRY_AFTER_S}\r\n")
+        elif not self._entered:
+            message = "Too many connections of your address."
+            self._refuse(503, message, "overloaded", f"retry-after: {RETRY_AFTER_S}\r\n")
         else:
             self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """A client went."""
         self._head_ended()
+        self._leave()
         if isinstance(self.flow, _Patience):
             self.flow.settle()
         super().connection_lost(exc)
@@ -120,6 +128,15 @@ class BoundedProtocol(HttpToolsProtocol):
             self._await_head()
         if self._aside > HEAD_BYTES:
             self._too_large()
+
+    def handle_websocket_upgrade(self) -> None:
+        """From here on another protocol has the connection."""
+        self._leave()
+        super().handle_websocket_upgrade()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP; uvicorn's own words are plain text."""
+        self._refuse(400, "The request is not valid HTTP.", "invalid_http")
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
@@ -152,6 +169,11 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._aside = 0
         super().on_message_complete()
+
+    def _leave(self) -> None:
+        if self._entered:
+            self._entered = False
+            self._peers.leave(self.client and self.client[0])
 
     def _await_head(self) -> None:
         if self.transport.is_closing():
@@ -187,5 +209,6 @@ class BoundedProtocol(HttpToolsProtocol):
 
 def bound_connections() -> None:
     """Serve with `BoundedProtocol` from now on, in this process."""
+    BoundedProtocol._peers = Peers()
     module: Any = auto
     module.AutoHTTPProtocol = BoundedProtocol

@@ -2,7 +2,7 @@
 
 The ingress takes what comes first, so a thousand requests of one client, or a few large ones, would make everybody
 wait. Therefore the proxy lets in a few at a time. A request's turn lasts until its answer begins or an engine has it.
-Clients are told apart by the tenant of their key, which the ingress tells, and without one by their address.
+Clients are told apart by the tenant of their key, which the ingress tells, and where there are no keys by address.
 """
 
 from __future__ import annotations
@@ -52,8 +52,13 @@ class InTurn:
         key = Headers(scope=scope).get("authorization", "").encode("latin-1")
         name = hashlib.blake2b(key, digest_size=16).digest()
         tenant = self._tenants.get(name)
-        peer = scope.get("client")
-        client = f"address {peer[0] if peer else ''}" if tenant is None else f"tenant {tenant}"
+        if tenant is not None:
+            client = f"tenant {tenant}"
+        elif self._tenants:
+            # Whoever has no known key stands in one line: addresses may be as many as one likes.
+            client = "stranger"
+        else:
+            client = f"address {(scope.get('client') or ('',))[0]}"
         scope["headers"] = [*scope["headers"], (WISH, b"1")]
 
         async def learn_and_send(message: Message) -> None:

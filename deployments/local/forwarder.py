@@ -8,6 +8,7 @@ import asyncio
 import socket
 
 from deployments.edge import STALLED_S
+from deployments.peers import Peers
 
 _CHUNK = 1 << 16
 
@@ -53,6 +54,19 @@ async def _join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port
 
 
 async def forward(sock: socket.socket, port: int) -> asyncio.Server:
-    """Serve a listening socket until the returned server is closed."""
+    """Serve a listening socket until the returned server is closed; raises what `Peers` does."""
+    peers = Peers()
+
+    async def join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Behind it all connections are this machine's, which the proxy does not bound.
+        host = writer.get_extra_info("peername")[0]
+        if not peers.enter(host):
+            writer.close()
+            return
+        try:
+            await _join(reader, writer, port)
+        finally:
+            peers.leave(host)
+
     # As many may knock at once as uvicorn lets wait; asyncio's own 100 are soon full.
-    return await asyncio.start_server(lambda reader, writer: _join(reader, writer, port), sock=sock, backlog=2048)
+    return await asyncio.start_server(join, sock=sock, backlog=2048)

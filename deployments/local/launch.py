@@ -19,7 +19,7 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
-from deployments import first_answer, keyring, tensor_parallel, tls
+from deployments import first_answer, keyring, peers, tensor_parallel, tls
 from deployments.config import ConfigError, ServeFile, load
 from deployments.failures import memory_plan, root_cause
 from deployments.first_answer import Answer
@@ -103,6 +103,7 @@ def _serve(path: Path, config: ServeFile, options: Options, progress: Progress, 
     config = _with_options(config, options)
     http = config.http_options
     _check_gpus(config)
+    peers.most()
     sockets = _public_sockets(config, options)
     try:
         isolated, reason = _choose_isolation(options)

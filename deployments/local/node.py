@@ -68,6 +68,8 @@ def environment(outer: Mapping[str, str], ports: NodePorts, working_dir: str) ->
         "AUTOSCALER_METRIC_PORT": str(ports.autoscaler_metrics),
         "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),
         **proxy.ENVIRONMENT,
+        # Every connection comes by the forwarder, from the loopback: nobody's X-Forwarded-For is to be believed.
+        "FORWARDED_ALLOW_IPS": outer.get("FORWARDED_ALLOW_IPS", ""),
         # Ray's own requests to the loopback must not go to a proxy.
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",

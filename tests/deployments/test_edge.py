@@ -1,6 +1,7 @@
 """Connections and headers at the edge: a real uvicorn with the proxy's protocol in front of a small application."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -10,8 +11,10 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http import auto
 
 from deployments import edge
+from deployments.config import ConfigError
 from deployments.local.forwarder import forward
 from deployments.local.ports import listen
+from deployments.peers import SETTING, Peers
 
 LARGE = b"x" * (1 << 20)
 
@@ -144,6 +147,58 @@ async def test_connections_are_bounded_and_refused_honestly(monkeypatch: pytest.
         while b" 503 " in (answer := await said(port, get())):
             await asyncio.sleep(0.05)
         assert b" 200 " in answer
+
+
+@pytest.mark.asyncio
+async def test_what_is_no_http_is_refused_in_the_form_of_all_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(monkeypatch) as (port, _):
+        for noise in (
+            b"\x16\x03\x01 hello\r\n\r\n",
+            b"GET / HTTP/1.1\r\nA B: c\r\n\r\n",
+            b"NONSENSE / HTTP/1.1\r\n\r\n",
+        ):
+            head, body = (await said(port, noise)).split(b"\r\n\r\n")
+            assert b" 400 " in head
+            assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
+@pytest.mark.asyncio
+async def test_one_address_leaves_connections_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SETTING, "2")
+    monkeypatch.setattr(Peers, "_origin", lambda self, host: host)  # there is only the loopback here
+    async with serving(monkeypatch) as (port, server):
+        outer = await forward(listen("127.0.0.1", 0, "test", "nothing"), port)
+        for door, refusal in ((port, b" 503 "), (outer.sockets[0].getsockname()[1], b"")):
+            held = [await asyncio.open_connection("127.0.0.1", door) for _ in range(2)]
+            await gone(lambda: len(server.server_state.connections) < 2)
+            refused = await said(door)
+            assert refusal in refused
+            assert bool(refusal) == bool(refused)
+            for _, writer in held:
+                writer.close()
+            await gone(lambda: server.server_state.connections)
+            assert b" 200 " in await said(door, get()), "those that are over are not counted"
+        wish = get(b"Upgrade: websocket", b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", b"Sec-WebSocket-Version: 13")
+        for _ in range(3):
+            assert b" 403 " in await said(port, wish.replace(b"close", b"Upgrade"))
+        outer.close()
+
+
+def test_addresses_are_counted_where_one_host_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SETTING, "1")
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "10.9.0.0/16")
+    peers = Peers()
+    assert [peers.enter(host) for host in ("10.0.0.1", "10.0.0.1", "10.0.0.2")] == [True, False, True]
+    assert [peers.enter(host) for host in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")] == [True, False, True]
+    assert not peers.enter("::ffff:10.0.0.1")
+    for free in ("127.0.0.1", "::1", "10.9.1.1", None, ""):
+        assert [peers.enter(free) for _ in range(3)] == [True] * 3
+    peers.leave("10.0.0.1")
+    assert peers.enter("10.0.0.1")
+    for wrong in ("0", "-1", "many"):
+        monkeypatch.setenv(SETTING, wrong)
+        with pytest.raises(ConfigError, match=SETTING):
+            Peers()
 
 
 @pytest.mark.asyncio

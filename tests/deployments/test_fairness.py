@@ -96,6 +96,20 @@ async def test_without_keys_addresses_are_told_apart() -> None:
 
 
 @pytest.mark.asyncio
+async def test_with_keys_all_who_have_none_stand_in_one_line() -> None:
+    ingress = Ingress()
+    await ingress.ask("/quick", "good")
+    ingress.inside.clear()
+    flood = [ingress.ask(f"/{n}", peer=f"10.0.0.{n}") for n in range(5)]
+    await ingress.holds("/0")
+    good = ingress.ask("/good", "good", peer="10.0.0.1")
+    await ingress.holds("/0")
+    ingress.go_on.set()
+    await asyncio.gather(*flood, good)
+    assert ingress.inside.index("/good") == 1
+
+
+@pytest.mark.asyncio
 async def test_a_turn_ends_when_an_engine_has_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     ingress = Ingress()
     await ingress.ask("/quick")
