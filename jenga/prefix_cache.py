@@ -89,7 +89,18 @@ class Table:
 class _Sequence:
     """One request's block tables."""
 
-    __slots__ = ("boundaries", "computed", "dropped", "ends", "image_tokens", "keep", "keys", "pages", "reading")
+    __slots__ = (
+        "boundaries",
+        "computed",
+        "dropped",
+        "ends",
+        "image_tokens",
+        "keep",
+        "keys",
+        "pages",
+        "pauses",
+        "reading",
+    )
 
     def __init__(self, keys: Keys, computed: int, match: Match, ends: list[int], image_tokens: int) -> None:
         self.keys = keys
@@ -100,6 +111,7 @@ class _Sequence:
         self.ends = ends  # per group, the first page index not allocated yet
         self.dropped = [0] * len(ends)  # per group, pages before this index have been dropped
         self.boundaries: tuple[int, ...] = ()
+        self.pauses: tuple[int, ...] = ()  # those at which computing pauses for a state's sake
         self.keep: list[list[range]] = []  # per group, the pages that hits at the boundaries need
 
 
@@ -213,7 +225,7 @@ class PrefixCache:
 
     def leaves(self, keys: Keys, hit: Hit, prompt_tokens: int) -> list[list[int]]:
         """By group, the keys of the pages that a prompt leaves for others where it resumes behind `hit`."""
-        lengths = boundaries(hit, prompt_tokens, self.alignment).lengths
+        left = boundaries(hit, prompt_tokens, self.alignment)
         found: list[list[int]] = []
         for g, group in enumerate(self.groups):
             size, own = group.page_tokens, keys[g]
@@ -222,6 +234,7 @@ class PrefixCache:
             elif self._dense[g]:
                 found.append(list(own[: prompt_tokens // size]))
             else:
+                lengths = left.lengths if group.policy.token_pages else left.pauses
                 kept = {i for length in lengths for i in group.policy.pages_of_hit(length // size, size)}
                 found.append([own[i] for i in kept])
         return found
@@ -286,7 +299,7 @@ class PrefixCache:
         sequence = self._require(request)
         if not self._states:
             return tokens
-        return min((b for b in sequence.boundaries if sequence.computed < b < tokens), default=tokens)
+        return min((b for b in sequence.pauses if sequence.computed < b < tokens), default=tokens)
 
     def live_use(self) -> Iterator[LiveUse]:
         """Pages that are held, but neither needed by the step under way nor later, or not full.
@@ -333,7 +346,8 @@ class PrefixCache:
                     self.pool.revive(g, page)
                 refs[page] = count + 1
         if not image_tokens:
-            sequence.boundaries = boundaries(match.hit, prompt_tokens, self.alignment).lengths
+            kept = boundaries(match.hit, prompt_tokens, self.alignment)
+            sequence.boundaries, sequence.pauses = kept.lengths, kept.pauses
         for group in self.groups:
             size = group.page_tokens
             sequence.keep.append([group.policy.pages_of_hit(b // size, size) for b in sequence.boundaries])

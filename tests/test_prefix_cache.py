@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -10,10 +11,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from jenga import checkpoints
 from jenga.allocator import EvictCallback, OutOfPagesError, PageState, TwoLevelAllocator
 from jenga.policies import FullAttention, LayerPolicy, RecurrentState, SlidingWindow
 from jenga.prefix_cache import PrefixCache, RequestError, UnknownRequestError
 from jenga.traces import TraceRequest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cheap_passes() -> Iterator[None]:
+    """Prompts of these tests are short: let a pass cost as little as 2 tokens, or none would pause for a state."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "PASS_TOKENS", 2)
+        yield
 
 
 @dataclass(frozen=True)
@@ -251,3 +261,14 @@ def test_what_stays_of_a_window_fills_slots_beside_others() -> None:
     assert len(held) == 4 * 4
     assert len({page // 8 for page in held}) == 2
     assert allocator.usage().groups[0].stranded == 0
+
+
+def test_computing_pauses_for_a_state_only_where_that_spares_more_than_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "PASS_TOKENS", 256)
+    groups = [Group(RecurrentState(), 16), Group(FullAttention(), 16)]
+    cache = PrefixCache(groups, lambda evicted: TwoLevelAllocator(400, [1, 6], on_evict=evicted))
+    for serial, (tokens, stop) in enumerate(((250, 250), (300, 288))):
+        trace = request(serial, 0, tokens, 0)
+        keys = [trace.keys(g.page_tokens) for g in groups]
+        cache.admit(serial, keys, cache.lookup(keys, tokens - 1), tokens)
+        assert cache.next_stop(serial, tokens) == stop

@@ -1,4 +1,4 @@
-"""Entry point: `python -m benchmarks.gpu correctness|throughput|sanitize`.
+"""Entry point: `python -m benchmarks.gpu correctness|throughput|calibrate|sanitize`.
 
 Needs one CUDA GPU with about 60 GiB and vLLM 0.32 with Jenga (`make install FLAVOUR=gpu`).  Weights are random.
 """
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.gpu import correctness, sanitize, throughput
+from benchmarks.gpu import calibrate, correctness, sanitize, throughput
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Out = Annotated[Path, typer.Option(help="Folder for results (JSON) and scratch files.")]
@@ -70,6 +70,22 @@ def throughput_(
     """Requests resident, tokens per second and latencies, one engine at a time."""
     environment(out)
     throughput.run(out, model or [], contender or [], repeats, compiled, profile, until, trace, fill)
+
+
+@app.command("calibrate")
+def calibrate_(
+    out: Out = Path("results/gpu"),
+    measured: Annotated[
+        Path | None, typer.Option(help="Folder of the run of `throughput` [default: the same as --out].")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="The trace that it had, to simulate that as well.")] = None,
+) -> None:
+    """Fit `jenga simulate` to a run of `throughput` and compare it with that; needs no GPU."""
+    folder = measured or out
+    if not (folder / "throughput.json").exists():
+        raise typer.BadParameter(f"{folder} holds no throughput.json; run `throughput` first, or name its folder")
+    out.mkdir(parents=True, exist_ok=True)
+    calibrate.run(out, folder, trace)
 
 
 @app.command("sanitize")

@@ -159,6 +159,7 @@ async def main(given: Path, taken: Path) -> None:
     )
     try:
         result: dict[str, Any] = {"start_s": time.perf_counter() - begun, "runs": []}
+        result["weight_bytes"] = (await engine.collective_rpc("weight_bytes"))[0]
         if os.environ["JENGA"] == "1":
             report = await engine.engine_core.call_utility_async("jenga_memory")
             result["managed"] = report is not None

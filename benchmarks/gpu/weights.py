@@ -16,7 +16,12 @@ SEED = 7
 
 
 class RandomWeights:
-    """For `worker_extension_cls`: adds nothing to a worker; what counts is that the worker imports this module."""
+    """For `worker_extension_cls`: what counts is that the worker imports this module."""
+
+    def weight_bytes(self: Any) -> int:
+        """Bytes of the model's parameters."""
+        parameters = self.model_runner.model.parameters()
+        return sum(each.numel() * each.element_size() for each in parameters)
 
 
 def _load_weights(self: Any, model: torch.nn.Module, model_config: Any) -> None:

@@ -42,6 +42,9 @@ def simulate(
     requests: Annotated[int | None, typer.Option(min=1, help="Requests to serve [all of a file, else 1000].")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel degree [the model's own].")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Data type of keys and values, such as fp8.")] = None,
+    state_dtype: Annotated[
+        str | None, typer.Option(help="Data type of recurrent states [default: the model file's, else float32].")
+    ] = None,
     max_sequences: Annotated[int, typer.Option(min=1, help="Most requests that run at once.")] = 1024,
     batched_tokens: Annotated[int, typer.Option(min=1, help="Most tokens computed in a step.")] = 8192,
     step_cost: Annotated[
@@ -73,8 +76,8 @@ def simulate(
 
     try:
         done = _run(
-            model, memory, trace, strategy, rate, requests, tp, kv_dtype, max_sequences, batched_tokens, step_cost,
-            seed, replicas, router,
+            model, memory, trace, strategy, rate, requests, tp, kv_dtype, state_dtype, max_sequences, batched_tokens,
+            step_cost, seed, replicas, router,
         )  # fmt: skip
     except (ModelError, PlanError, TraceError, typer.BadParameter) as error:
         _fail(str(error))
@@ -115,6 +118,7 @@ def _run(
     requests: int | None,
     tp: int | None,
     kv_dtype: str | None,
+    state_dtype: str | None,
     max_sequences: int,
     batched_tokens: int,
     step_cost: Path | None,
@@ -124,7 +128,7 @@ def _run(
 ) -> tuple[list[SimulationResult], HitBound, int] | list[ClusterResult]:
     from rich.progress import Progress
 
-    from jenga.models import DTYPE_BYTES, load_model
+    from jenga.models import check_dtype, load_model
     from jenga.simulate import Limits, dense_bytes_per_token, exact_plan, hit_bound, plan_for, simulate
     from jenga.simulate.cluster_cli import router_names, run_routers
     from jenga.strategies import STRATEGIES
@@ -134,11 +138,9 @@ def _run(
         memory_bytes = parse_size(memory, "--memory")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if kv_dtype is not None and kv_dtype not in DTYPE_BYTES:
-        raise typer.BadParameter(f"--kv-dtype {kv_dtype!r} is not known; choose one of {', '.join(DTYPE_BYTES)}")
     routers = router_names(replicas, router)
     spec = load_model(model)
-    types = spec.layer_types(tp, kv_dtype)  # type: ignore[arg-type]
+    types = spec.layer_types(tp, check_dtype(kv_dtype, "--kv-dtype"), check_dtype(state_dtype, "--state-dtype"))
     cost = _step_cost(step_cost)
     served = _trace(trace, rate, requests, seed, spec.image_tokens, cluster=bool(routers))
     names = list(STRATEGIES) if strategy == "all" else [name.strip() for name in strategy.split(",") if name.strip()]

@@ -176,6 +176,11 @@ class Simulation:
         return self._preemptions
 
     @property
+    def now_s(self) -> float:
+        """Seconds since the start."""
+        return self._now
+
+    @property
     def busy_s(self) -> float:
         """Seconds spent in steps so far."""
         return self._busy
@@ -394,12 +399,13 @@ class Simulation:
     def _step_seconds(self, tokens: int) -> float:
         running = len(self._running)
         if not running:
-            return self._cost.step(tokens, 0.0)
+            return self._cost.step(tokens, 0.0, prefills=tokens > 0)
         length = self._context // running // 64 * 64
         read = self._read_bytes.get(length)
         if read is None:
             read = self._read_bytes[length] = sum(t.needed_bytes(length) for t in self._types)
-        return self._cost.step(tokens, float(running * read))
+        prefills = tokens > self._decoding
+        return self._cost.step(tokens, float(running * read), running=running, prefills=prefills)
 
     def _take_time(self, tokens: int, steps: int) -> None:
         """`steps` equal steps of `tokens` tokens each; decoders gain one token in each."""

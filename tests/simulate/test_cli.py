@@ -65,6 +65,7 @@ def test_compares_strategies(app: typer.Typer, tmp_path: Path) -> None:
         (["--rate", "-2"], ["-2"]),
         (["--rate", "trace"], ["chat has no times"]),
         (["--kv-dtype", "int3"], ["int3", "fp8"]),
+        (["--state-dtype", "int3"], ["--state-dtype", "int3", "bfloat16"]),
         (["--step-cost", "no/such.json"], ["no/such.json"]),
         (["--json", "no/such/out.json"], ["no/such/out.json"]),
     ],

@@ -165,3 +165,26 @@ def test_a_smaller_sample_of_memory_still_covers_the_run() -> None:
     assert times == sorted(times)
     assert len(times) <= 257
     assert times[-1] > 0.9 * result.seconds
+
+
+def test_the_host_adds_to_a_step_what_the_device_does_not_hide() -> None:
+    cost = StepCost(
+        overhead_s=1.0,
+        prefill_s=5.0,
+        request_s=0.5,
+        weight_bytes=2.0,
+        active_parameters=1.0,
+        bytes_per_s=1.0,
+        flops_per_s=2.0,
+    )
+    assert cost.step(4, 3.0, running=4) == 1.0 + 4 * 0.5 + 4.0 + 3.0  # 4 s of arithmetic, more than 2 s of weights
+    assert cost.step(1, 0.0, running=1, prefills=True) == 1.0 + 0.5 + 5.0  # launches take longer than the device
+    assert cost.step(8, 0.0, running=1, prefills=True) == 1.0 + 0.5 + 8.0
+
+
+def test_constants_of_the_host_may_be_zero_and_no_others() -> None:
+    assert StepCost.from_json('{"prefill_s": 0, "request_s": 0.001}') == StepCost(request_s=0.001)
+    with pytest.raises(ValueError, match="overhead_s must be a positive number, not 0"):
+        StepCost.from_json('{"overhead_s": 0}')
+    with pytest.raises(ValueError, match="prefill_s must be a positive number or 0, not -1"):
+        StepCost.from_json('{"prefill_s": -1}')
