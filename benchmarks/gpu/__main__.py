@@ -1,4 +1,4 @@
-"""Entry point: `python -m benchmarks.gpu correctness|throughput|calibrate|sanitize`.
+"""Entry point: `python -m benchmarks.gpu correctness|throughput|report|calibrate|sanitize`.
 
 Needs one CUDA GPU with about 60 GiB and vLLM 0.32 with Jenga (`make install FLAVOUR=gpu`).  Weights are random.
 """
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.gpu import calibrate, correctness, sanitize, throughput
+from benchmarks.gpu import calibrate, correctness, report, sanitize, throughput
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Out = Annotated[Path, typer.Option(help="Folder for results (JSON) and scratch files.")]
@@ -72,6 +72,26 @@ def throughput_(
     throughput.run(out, model or [], contender or [], repeats, compiled, profile, until, trace, fill)
 
 
+@app.command("report")
+def report_(
+    out: Out = Path("results/gpu"),
+    plot: Annotated[Path | None, typer.Option(help="Also draw this picture (needs matplotlib).")] = None,
+) -> None:
+    """The figures of a run of `throughput` as a table in Markdown; needs no GPU."""
+    rows = json.loads(measured_in(out).read_text())
+    print(report.markdown(rows), end="")
+    if plot is not None:
+        report.plot(rows, plot)
+
+
+def measured_in(folder: Path) -> Path:
+    """The file of a run of `throughput`; a clear word if there is none."""
+    file = folder / "throughput.json"
+    if not file.exists():
+        raise typer.BadParameter(f"{folder} holds no throughput.json; run `throughput` first, or name its folder")
+    return file
+
+
 @app.command("calibrate")
 def calibrate_(
     out: Out = Path("results/gpu"),
@@ -82,8 +102,7 @@ def calibrate_(
 ) -> None:
     """Fit `jenga simulate` to a run of `throughput` and compare it with that; needs no GPU."""
     folder = measured or out
-    if not (folder / "throughput.json").exists():
-        raise typer.BadParameter(f"{folder} holds no throughput.json; run `throughput` first, or name its folder")
+    measured_in(folder)
     out.mkdir(parents=True, exist_ok=True)
     calibrate.run(out, folder, trace)
 
