@@ -133,12 +133,16 @@ class Expected:
             ends[key].remove(request)
             if not ends[key]:
                 del ends[key]
+        blocks = self.blocks
         for lane, keys in self._by_request.pop(request, ()):
             last = self._last.get(lane, {})
-            for key in keys:
+            for key in keys:  # in line: a part of every decision
                 if last.get(key) == request:
                     del last[key]
-                    self._clear(key, lane)
+                    if left := blocks[key] & ~lane:
+                        blocks[key] = left
+                    else:
+                        del blocks[key]
 
     def forget(self, lanes: Iterable[int]) -> None:
         """Nothing is expected of these lanes any more, which may be another replica's next."""
