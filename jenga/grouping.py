@@ -15,10 +15,14 @@ from itertools import product
 
 from jenga.layout import GroupLayout, LayerGroup, Layout, LayoutError, choose_layout
 
-GROUP_COST = 0.005
-"""What one more part, which is a block table more, may cost as a share of the buffer: 0.15 ms in a step of some 30 ms.
-Scheduling takes 0.014 to 0.019 ms of that (64 requests, Falcon-H1-34B in eight parts against one; docs/speed.md).  The
-rest is left to the workers, who fill a block table and prepare the attention for every part; that is not measured."""
+PART_MS = 0.1
+"""What one more part, which is a block table more, costs a step: 0.014 to 0.019 ms of scheduling (64 requests,
+Falcon-H1-34B in eight parts against one; docs/speed.md), and in the worker its indices: 7 more launches in a step of
+decodes, some 19 in one with prompts, which takes several times as long (docs/benchmarks.md)."""
+
+LAYER_MS = 0.3
+"""What a layer takes in a step of decodes: on an H100, 12 of Gemma-3-27B and 24 of Falcon-H1-34B, whose attention
+and states count by themselves, 4.5 to 6 ms with up to 32 requests."""
 
 MAX_PARTS = 12
 """Groups that one type's layers are cut into, at most."""
@@ -47,18 +51,19 @@ def choose_grouping(types: Sequence[LayerGroup], memory_bytes: int, divisible: S
         jenga.layout.LayoutError: no types, a type without bytes, or too little memory for any grouping.
     """
     numbers = divisible or [t.layers for t in types]
+    price = part_cost(types)
     best: Grouping | None = None
     refusal = LayoutError("a layout needs at least one layer group")
     for parts in sorted(product(*(_divisors(n) for n in numbers)), key=sum):
         # From here on the block tables alone cost more.
-        if best is not None and GROUP_COST * sum(parts) >= _cost(best):
+        if best is not None and price * sum(parts) >= _cost(best, price):
             break
         try:
             candidate = grouping(types, parts, memory_bytes)
         except LayoutError as error:  # a finer cut may fit
             refusal = error
             continue
-        if best is None or _cost(candidate) < _cost(best):
+        if best is None or _cost(candidate, price) < _cost(best, price):
             best = candidate
     if best is None:
         raise refusal
@@ -104,8 +109,13 @@ def cut(group: LayerGroup, parts: int) -> list[LayerGroup]:
     ]
 
 
-def _cost(grouping: Grouping) -> float:
-    return grouping.overhead + GROUP_COST * sum(grouping.parts)
+def part_cost(types: Sequence[LayerGroup]) -> float:
+    """What one more part may cost as a share of the buffer: its share of a step's time."""
+    return PART_MS / (LAYER_MS * max(1, sum(t.layers for t in types)))
+
+
+def _cost(grouping: Grouping, price: float) -> float:
+    return grouping.overhead + price * sum(grouping.parts)
 
 
 def _divisors(number: int) -> Iterator[int]:

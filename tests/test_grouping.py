@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from jenga.grouping import GROUP_COST, MAX_PARTS, choose_grouping, cut
+from jenga.grouping import MAX_PARTS, choose_grouping, cut, part_cost
 from jenga.layout import LayerGroup, LayoutError, choose_layout
 from jenga.policies import FullAttention, RecurrentState, SlidingWindow
 
@@ -35,11 +37,19 @@ def test_large_states_are_cut_where_memory_is_small() -> None:
 def test_a_group_more_must_pay() -> None:
     """No other grouping is better by the stated price."""
     chosen = choose_grouping([STATES, FULL], 8 << 30)
-    price = chosen.overhead + GROUP_COST * sum(chosen.parts)
+    part = part_cost([STATES, FULL])
+    price = chosen.overhead + part * sum(chosen.parts)
     for parts in (1, 2, 3, 4, 6, 8, 9, 12):
         layout = choose_layout([*cut(STATES, parts), FULL], 8 << 30)
-        assert price <= layout.expected_padding + layout.expected_stranded + GROUP_COST * (parts + 1) + 1e-12
+        assert price <= layout.expected_padding + layout.expected_stranded + part * (parts + 1) + 1e-12
     assert max(chosen.parts) <= MAX_PARTS
+
+
+def test_a_part_costs_a_short_model_more_than_a_long_one() -> None:
+    """The same page sizes: a step of 12 layers is soon over, and a block table more takes its time all the same."""
+    few = [replace(t, layers=12) for t in (STATES, FULL)]
+    assert part_cost(few) == pytest.approx(6 * part_cost([STATES, FULL]))
+    assert sum(choose_grouping(few, 8 << 30).parts) < sum(choose_grouping([STATES, FULL], 8 << 30).parts)
 
 
 def test_layers_that_belong_together_stay_together() -> None:
