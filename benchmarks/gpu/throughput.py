@@ -48,13 +48,13 @@ class Load:
 
 HYBRID = ("jenga", "stock", "stock, no caching")
 WINDOWS = ("jenga", "hybrid manager off", "stock")
-# Prefixes of 480 tokens, and of 4,096 as agents with many tools have them.
-SHARING = (("agents", 160), ("agents", 64, 8, 4096), ("conversations", 16))
+# Prefixes of 480 tokens, for a few clients and for many, and of 4,096 as agents with many tools have them.
+SHARING = (("agents", 160), ("agents", 320, 8, 480, 64), ("agents", 64, 8, 4096), ("conversations", 16))
 ANSWERS = (("chat", 320), ("reasoning", 192))
 LOADS = [
     Load("falcon-h1-34b", 4, (*ANSWERS, *SHARING), HYBRID, running=160),
     Load("llama-3.1-8b", 1.5, ANSWERS, ("jenga", "stock")),
-    Load("gemma-3-27b", 6, (ANSWERS[0], ("documents", 32), SHARING[1]), WINDOWS, longest=16384),
+    Load("gemma-3-27b", 6, (ANSWERS[0], ("documents", 32), SHARING[2]), WINDOWS, longest=16384),
     Load("qwen3-next-80b", 1.5, (*ANSWERS, *SHARING), HYBRID, running=160),
     Load("kimi-linear-48b", 2, (*ANSWERS, *SHARING), HYBRID, running=104),
     Load("nemotron-h-8b", 2.5, (*ANSWERS, *SHARING), HYBRID, running=100),

@@ -57,7 +57,7 @@ def documents(seed: int, requests: int) -> Workload:
     return Workload("long documents", tuple(clients))
 
 
-def agents(seed: int, requests: int, shared: int = 8, length: int = 480) -> Workload:
+def agents(seed: int, requests: int, shared: int = 8, length: int = 480, clients_at_a_time: int = 16) -> Workload:
     """One of a few system prompts of `length` tokens, then 48 to 160 of one's own; 16 to 48 are said in answer."""
     rng = random.Random(seed)
     prefixes = [_some(rng, length) for _ in range(shared)]
@@ -65,7 +65,9 @@ def agents(seed: int, requests: int, shared: int = 8, length: int = 480) -> Work
         Client(((prefixes[rng.randrange(shared)] + _some(rng, rng.randint(48, 160)), rng.randint(16, 48)),))
         for _ in range(requests)
     ]
-    return Workload(f"{length:,}-token shared prefixes", tuple(clients), 16, (requests - shared) * length)
+    many = "" if clients_at_a_time == 16 else f", {clients_at_a_time} clients"
+    name = f"{length:,}-token shared prefixes{many}"
+    return Workload(name, tuple(clients), clients_at_a_time, (requests - shared) * length)
 
 
 def conversations(seed: int, clients: int, turns: int = 10) -> Workload:
