@@ -20,6 +20,8 @@ from deployments.router import PrefixAffinityRouter
 
 # Ongoing requests of the ingress are bounded by the engines' queues, not by it.
 _NO_LIMIT = 1_000_000
+# vLLM's name of a scheduling policy.
+_BY_PRIORITY = "priority"
 # Ray's mark of a cluster's head node.
 _ON_THE_HEAD = "node:__internal_head__"
 # How often the controller asks a replica what routers should know.
@@ -60,6 +62,8 @@ def engine_kwargs(config: Serving) -> dict[str, Any]:
         # `usage` tells the cached tokens of each prompt.
         "enable_prompt_tokens_details": True,
         **({"kv_events_config": ENGINE_CONFIG} if cache_aware(config) else {}),
+        # One tenant's many requests do not make another's wait in an engine: `deployments.order`.
+        **({"scheduling_policy": _BY_PRIORITY} if config.auth is not None else {}),
         **engine.extra,
         **({"additional_config": _without_contents(engine.extra)} if cache_aware(config) else {}),
     }
@@ -197,6 +201,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         model_cards={config.model.id: to_model_metadata(config.model.id, ray_config)},
         tokenise={config.model.id: ray_config} if cache_aware(config) or config.limits.prompt_tokens else {},
         tell_tokens=cache_aware(config),
+        tenants_order=auth is not None and ray_config.engine_kwargs["scheduling_policy"] == _BY_PRIORITY,
         show_memory=config.memory_map,
         limits=config.limits,
     )

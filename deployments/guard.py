@@ -20,6 +20,7 @@ from deployments import bodies
 from deployments.config import Auth, Limits
 from deployments.errors import error_response, overloaded
 from deployments.keyring import Key, KeyRing, LiveKeys
+from deployments.order import Order
 from deployments.quota import Quotas
 
 OPEN = ("/health",)
@@ -55,6 +56,7 @@ class Guard:
         self._context = context
         self._keys = None if auth is None else LiveKeys(auth.keys_file, auth.keys_variable)
         self._quotas = Quotas()
+        self._order = Order()
         self._running: Counter[str | None] = Counter()
         self._held: Counter[str | None] = Counter()
 
@@ -121,12 +123,16 @@ class Guard:
         elif tenant is not None and self._running[tenant] >= math.ceil(most * _TENANTS_PART):
             refused = overloaded(f"{self._running[tenant]} requests of your tenant are in progress (limits.requests)")
         else:
+            if tenant is not None:
+                scope["state"]["priority"] = self._order.next(tenant, self._running[tenant])
             self._running[tenant] += 1
             try:
                 await self._app(scope, receive, send)
             finally:
                 self._running[tenant] -= 1
                 self._running += Counter()
+                if tenant is not None and tenant not in self._running:
+                    self._order.forget(tenant)
             return
         await refused(scope, receive, send)
 

@@ -217,11 +217,13 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
         show_memory: bool = True,
         limits: Limits | None = None,
         tell_tokens: bool = True,
+        tenants_order: bool = False,
         **kwargs: Any,
     ) -> None:
         """`tokenise` are the models whose prompts are tokenised here, once.
 
         `tell_tokens`: the router and the engine get the tokens; otherwise they are only counted, for `limits`.
+        `tenants_order`: engines take waiting requests in the guard's order, not in their clients'.
 
         Raises RuntimeError where prompts cannot be counted although `limits` bounds them.
         """
@@ -229,6 +231,7 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
         self._memory_map_on = show_memory
         self._limits = limits or Limits()
         self._tell_tokens = tell_tokens
+        self._tenants_order = tenants_order
         self._created = int(time.time())
         self._renderers = {model: make_renderer(config) for model, config in (tokenise or {}).items()}
         if self._limits.prompt_tokens is not None and None in self._renderers.values():
@@ -390,6 +393,8 @@ class Ingress(memory_map.MemoryRoutes, OpenAiIngress):
                 code="too_many_sequences",
             )
         body.cache_salt = _admitted(raw_request).cache_salt(body.cache_salt)
+        if self._tenants_order and raw_request is not None:
+            body.priority = raw_request.state.priority
         ids = await self._token_ids(body, raw_request)
         if refused := await self._too_long(body, raw_request, ids):
             return refused

@@ -14,7 +14,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from deployments.app import build, engine_kwargs, environment, llm_config
 from deployments.config import ConfigError, Serving, parse_serving
 from deployments.engine import JengaServer
-from deployments.ingress import refusal
+from deployments.fairness import TellsTurns
+from deployments.ingress import build_fastapi, refusal
 from deployments.placement import Policy
 from deployments.router import PrefixAffinityRouter
 
@@ -88,6 +89,29 @@ def test_a_replica_that_is_to_stop_may_end_its_longest_answer(tmp_path: Path) ->
     args = {"model": {"id": "m", "path": str(tmp_path)}, "limits": {"request_s": 900}, "router": router}
     assert llm_config(parse_serving(args), tmp_path).deployment_config["graceful_shutdown_timeout_s"] > 900
     assert build(args)._bound_deployment._deployment_config.graceful_shutdown_timeout_s > 900
+
+
+def test_each_ingress_has_turns_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    args = {"model": {"id": "m", "path": str(tmp_path)}, "ingresses": 3, "router": {"policy": "least-loaded"}}
+    assert build(args)._bound_deployment._deployment_config.num_replicas == 3
+    one, three = (build_fastapi(replicas=number).user_middleware[0] for number in (1, 3))
+    assert one.cls is three.cls is TellsTurns
+    assert three.kwargs["at_once"] == 3 * one.kwargs["at_once"]
+
+
+def test_engines_serve_tenants_in_the_order_of_the_guard_where_there_are_keys(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    args: dict[str, Any] = {"model": {"id": "m", "path": str(tmp_path)}, "router": {"policy": "least-loaded"}}
+    keys = {"auth": {"keys_variable": "KEYS"}}
+    own = {"engine": {"extra": {"scheduling_policy": "fcfs"}}}
+    for given, policy, ordered in (
+        (args, None, False),
+        (args | keys, "priority", True),
+        (args | keys | own, "fcfs", False),
+    ):
+        assert engine_kwargs(parse_serving(given)).get("scheduling_policy") == policy
+        assert build(given)._bound_deployment.init_kwargs["tenants_order"] is ordered
 
 
 def test_prompts_are_counted_whatever_the_router_needs(tmp_path: Path) -> None:

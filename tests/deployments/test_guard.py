@@ -33,6 +33,7 @@ async def tell(request: Request) -> Response:
             "authorization": request.headers.get("authorization"),
             "key": admitted.key and admitted.key.name,
             "salt": admitted.cache_salt(request.headers.get("x-salt")),
+            "priority": getattr(request.state, "priority", None),
         }
     )
 
@@ -57,7 +58,7 @@ def bearer(secret: str) -> dict[str, str]:
 async def test_without_keys_nothing_changes(tmp_path: Path) -> None:
     async with client(None, tmp_path) as http:
         told = (await http.post("/v1/completions", content="x", headers={"x-salt": "own"})).json()
-    assert told == {"body": "x", "authorization": None, "key": None, "salt": "own"}
+    assert told == {"body": "x", "authorization": None, "key": None, "salt": "own", "priority": None}
 
 
 @pytest.mark.asyncio
@@ -253,6 +254,26 @@ async def test_who_has_no_key_takes_no_place_with_a_body(tmp_path: Path) -> None
             assert (await http.post("/health", content=never_ending())).status_code == 405
             assert (await http.post("/x", content=never_ending())).status_code == 401
             assert (await http.post("/x", content="x" * 290, headers=bearer(secret))).status_code == 200
+
+
+@pytest.mark.asyncio
+async def test_who_has_much_in_progress_is_put_back(tmp_path: Path) -> None:
+    ring, keys = KeyRing.new(), {}
+    for name in ("one", "other"):
+        ring, keys[name] = ring.add(name)
+    async with client(ring, tmp_path) as http:
+
+        async def priority(who: str, wait: str = "0") -> int:
+            got = await http.post("/x", content="x", headers=bearer(keys[who]) | {"x-wait": wait})
+            place: int = got.json()["priority"]
+            return place
+
+        flood = [asyncio.create_task(priority("one", "0.3")) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        single = await priority("other")
+        first, second, third = sorted(await asyncio.gather(*flood))
+        assert first < single < second < third
+        assert await priority("one") < third, "they are over"
 
 
 @pytest.mark.asyncio
