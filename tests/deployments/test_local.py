@@ -225,6 +225,9 @@ def test_ray_is_told_every_port_and_keeps_to_itself() -> None:
     assert inner["PATH"] == "p"
     assert inner["PYTHONPATH"] == "/src:mine"
     assert inner["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert inner["FORWARDED_ALLOW_IPS"] == "", "or anybody could say who he is"
+    own = {"FORWARDED_ALLOW_IPS": "127.0.0.1"}
+    assert environment(outer | own, PORTS, "/src").items() >= own.items()
 
 
 def details(status: str, message: str = "", app_message: str = "") -> dict:
