@@ -71,6 +71,15 @@ def test_nothing_listens_for_the_world_and_nothing_is_unpinned(name: str, edited
         assert re.search(rf"^{package.lower()}=={re.escape(version)}$", pins, re.MULTILINE), (package, version)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_head_that_starts_again_finds_what_was_copied_unchanged(name: str, edited: Any) -> None:
+    """Ray counts every file in there, also those that Python writes, and has all workers start anew for a change."""
+    prepared = checks.check(edited(name)).prepared
+    (command,) = [each for each in prepared["head_setup_commands"] if "compileall" in each]
+    copied = {Path(local).name for local in prepared["file_mounts"].values() if any(Path(local).rglob("*.py"))}
+    assert set(command.partition("compileall -q ")[2].split()) == copied
+
+
 def first_start(data: dict[str, Any]) -> None:
     data["head_start_ray_commands"][1] = "ray start --head"
 
