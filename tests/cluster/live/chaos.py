@@ -83,6 +83,10 @@ class Site:
             if item["state"] == "RUNNING"
         }
 
+    def engines(self) -> set[str]:
+        """Running replicas that have an engine."""
+        return {id_ for id_, (name, _) in self.replicas().items() if name.startswith("Engine:")}
+
     def settled(self, gone: set[str]) -> bool:
         """Whether every replica that should run does, none of those that are `gone` among them."""
         found = self.deployments()
@@ -192,6 +196,7 @@ class Site:
 
     def run(self, name: str, fault: Fault) -> dict[str, Any]:
         """One row: `fault` breaks something and says which replicas are gone by that."""
+        engines = self.engines()
         load = Load(URL, MODEL, rate=RATE, stream_every=STREAM_EVERY)
         try:
             time.sleep(STEADY_S)
@@ -207,6 +212,7 @@ class Site:
             print(name, json.dumps(count(outcomes), indent=1), flush=True)
         row = {**count(outcomes), "full_service_s": round(full, 1), "pages_held": self.pages_held()}
         row["predictions_exact"], row["predictions"] = self.exactness()
+        row["engines_kept"] = len(engines & self.engines())
         row["machine_load"] = round(os.getloadavg()[1], 1)
         print(name, json.dumps(row, indent=1), flush=True)
         return row
@@ -369,7 +375,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [["what", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
     for name, row in rows.items():
         shown = row | {"predictions_exact": f"{row['predictions_exact']} of {row['predictions']}"}
-        lines.append([name, *(f"{shown[key]}" for key in COLUMNS)])
+        lines.append([name, *(f"{shown.get(key)}" for key in COLUMNS)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -399,8 +405,7 @@ def test_trouble(site: Site, name: str) -> None:
     row = site.run(name, TROUBLES[name])
     if site.broken or site.drained:
         row["host_back_s"] = round(site.repair(), 1)
-    engines = [deployment for deployment, _ in site.replicas().values() if deployment.startswith("Engine")]
-    row["engines_left_over"] = engine_cores() - len(engines)
+    row["engines_left_over"] = engine_cores() - len(site.engines())
     print(name, json.dumps(row, indent=1), flush=True)
     save(name, row)
     assert row["pages_held"] == 0
@@ -409,3 +414,6 @@ def test_trouble(site: Site, name: str) -> None:
     assert row["predictions_exact"] >= 0.999 * SEQUENTIAL
     if name not in UNREACHABLE:
         assert (row["requests_failed"], row["streams_refused"], row["streams_cut_silently"]) == (0, 0, 0)
+        assert row["streams_cut_unbegun"] == 0, "what had no token yet goes to another replica"
+    if name == WITH_REDIS:
+        assert row["engines_kept"] == 2, "only the head is gone"

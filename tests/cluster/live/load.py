@@ -29,7 +29,8 @@ class Outcome:
     """Seconds on the monotonic clock."""
     end: float = 0.0
     verdict: str = "lost"
-    """``right``, ``wrong`` (another answer), ``failed``, of streams also ``cut`` (with an error event), ``silent``."""
+    """``right``, ``wrong`` (another answer), ``failed``; of streams also ``cut`` (with an error event), ``unbegun``
+    (with one before any token), ``silent``."""
     detail: str = ""
 
 
@@ -100,12 +101,13 @@ class Load(threading.Thread):
                 data = line.removeprefix("data: ")
                 if data == line:
                     continue
+                assert not ended, "nothing follows [DONE]"
                 if data == "[DONE]":
                     ended = True
                     continue
                 event = json.loads(data)
                 if "error" in event:
-                    return "cut", str(event["error"])
+                    return "cut" if said else "unbegun", str(event["error"])
                 said += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
         return _verdict(said, right) if ended else ("silent", "no [DONE]")
 
@@ -124,7 +126,8 @@ def count(outcomes: list[Outcome]) -> dict[str, Any]:
         "requests_failed": plain["failed"] + plain["lost"],
         "streams": sum(streams.values()),
         "streams_refused": streams["failed"] + streams["lost"],
-        "streams_cut": streams["cut"],
+        "streams_cut": streams["cut"] + streams["unbegun"],
+        "streams_cut_unbegun": streams["unbegun"],
         "streams_cut_silently": streams["silent"],
         "wrong_answers": plain["wrong"] + streams["wrong"],
         "longest_s": round(max((each.end - each.begin for each in outcomes), default=0.0), 1),
