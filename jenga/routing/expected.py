@@ -112,18 +112,25 @@ class Expected:
         computed, self._computed = self._computed, []
         return computed
 
-    def arrived(self, lane: int, keys: Iterable[int]) -> None:
-        """These blocks are stored: what becomes of them is told by events."""
+    def arrived(self, lane: int, keys: Iterable[int]) -> list[str]:
+        """These blocks are stored: what becomes of them is told by events.
+
+        Returns:
+            requests whose prompts are computed by that.
+        """
         ends, last = self._ends.get(lane), self._last.get(lane)
+        computed: list[str] = []
         if ends and not ends.keys().isdisjoint(keys):
             for key in keys:
-                for request in ends.pop(key, ()):
-                    del self._end_of[request]
-                    self._computed.append(request)
+                computed += ends.pop(key, ())
+            for request in computed:
+                del self._end_of[request]
+            self._computed += computed
         if last and not last.keys().isdisjoint(keys):
             for key in keys:
                 if last.pop(key, None) is not None:
                     self._clear(key, lane)
+        return computed
 
     def settle(self, request: str) -> None:
         """`request` is done; what it has not stored by now does not come.  An unknown one is no error."""

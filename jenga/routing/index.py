@@ -138,7 +138,7 @@ class BlockIndex:
         self._sweep: Iterator[int] | None = None
         self._sweeping = 0  # lanes that the sweep under way clears
         self._view: _View | None = None  # None: replicas, rules or lanes have changed
-        self._prompts = PromptTree()  # on their way: all pages of full attention
+        self._prompts = PromptTree()  # not computed yet: all their pages of full attention
         self._expected = Expected()  # and what they keep in other groups
         self._taught: dict[str, Junctions] = {}  # by requests on their way, which teach them something
         self._batches = self._block_events = self._repeated = self._gaps = 0
@@ -266,14 +266,15 @@ class BlockIndex:
         for number, pages in enumerate(stored_by(rule, tokens, keys, hit, stream.junctions)):
             lane, group = self._lane(stream, number), rule.groups[number]
             if group.policy.token_pages and not told:
-                told, scale = True, group.page_tokens // rule.hash_tokens
+                scale = group.page_tokens // rule.hash_tokens
                 if (whole := len(keys) // scale) > hit.tokens // group.page_tokens:
+                    told = True
                     self._expected.ends_with(request, lane, keys[whole * scale - 1])
             if group.dense:
                 dense |= lane
             else:
                 self._expected.add(request, lane, [key for key in pages if not self._blocks.get(key, 0) & lane])
-        if dense:
+        if dense and told:
             self._prompts.add(request, dense, keys)
 
     def settle(self, request: str) -> None:
@@ -456,7 +457,8 @@ class BlockIndex:
     def _store(self, keys: list[int], lane: int, copies: dict[int, int], pages: int) -> None:
         blocks = self._blocks
         get = blocks.get
-        self._expected.arrived(lane, keys)
+        for request in self._expected.arrived(lane, keys):
+            self._prompts.settle(request)
         for key in keys:
             holders = get(key)
             if holders is None:
