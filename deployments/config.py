@@ -348,10 +348,20 @@ class HttpOptions(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65_535)] = 8000
     root_path: str | None = None
-    request_timeout_s: PositiveFloat | None = None
+    request_timeout_s: None = Field(
+        None, description="not to be set: `limits.request_s` ends a request that takes long"
+    )
     keep_alive_timeout_s: PositiveInt | None = None
     ssl_certfile: str | None = Field(None, description="PEM file: certificate and the chain above it; serves HTTPS")
     ssl_keyfile: str | None = Field(None, description="PEM file: the certificate's private key, without a passphrase")
+
+    @field_validator("request_timeout_s", mode="before")
+    @classmethod
+    def _one_time_limit(cls, told: object) -> object:
+        if told is not None:
+            # Ray's proxy would say nothing to a request that has had its turn, and it would be asked once more.
+            raise PydanticCustomError("two_time_limits", "leave this out; `limits.request_s` (args) ends long requests")
+        return told
 
     @model_validator(mode="after")
     def _certificate_and_key(self) -> "HttpOptions":

@@ -16,6 +16,9 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.errors import overloaded
+from deployments.guard import OPEN
+from deployments.peers import origin
 from deployments.turns import Turn, Turns
 
 WISH = b"x-jenga-turn"
@@ -31,6 +34,10 @@ _LEASE_S = 2.0
 """A turn is over by then, whatever the ingress does."""
 _CLIENT_S = 0.1
 """A turn is over when the client takes longer for a part of its body; for the last one it needs another turn."""
+_WAIT_S = 60.0
+"""Whoever waits longer for a turn is refused."""
+_LATE_S = 2.0
+"""The end of a slow body waits no longer for its turn, since the time that its client has for it goes on."""
 _KNOWN = 4096
 """Keys whose tenant a proxy remembers."""
 
@@ -45,8 +52,8 @@ class InTurn:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on when it is its turn."""
-        if scope["type"] != "http" or scope["path"].startswith("/-/"):
-            # Ray's own paths, which the proxy answers.
+        if scope["type"] != "http" or scope["path"].startswith("/-/") or scope["path"].endswith(OPEN):
+            # Ray's own paths, which the proxy answers, and what load balancers ask, which cost next to nothing.
             await self._app(scope, receive, send)
             return
         key = Headers(scope=scope).get("authorization", "").encode("latin-1")
@@ -58,7 +65,7 @@ class InTurn:
             # Whoever has no known key stands in one line: addresses may be as many as one likes.
             client = "stranger"
         else:
-            client = f"address {(scope.get('client') or ('',))[0]}"
+            client = f"address {origin((scope.get('client') or ('',))[0])}"
         scope["headers"] = [*scope["headers"], (WISH, b"1")]
 
         async def learn_and_send(message: Message) -> None:
@@ -72,6 +79,8 @@ class InTurn:
         try:
             if await visit.may_go_in():
                 await self._app(scope, visit.receive, visit.send)
+            elif not visit.left:
+                await overloaded(f"this request's turn did not come within {_WAIT_S:g} s")(scope, receive, send)
         finally:
             visit.end()
 
@@ -98,14 +107,15 @@ class _Visit:
         self._lease: asyncio.TimerHandle | None = None
 
     async def may_go_in(self) -> bool:
-        """Read a small body, or what comes of a larger one at once, and wait for a turn; False: the client left."""
+        """Read a small body, or what comes of a larger one at once, and wait for a turn.
+
+        False: the client `left`, or the turn did not come.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLIENT_S):
                 while not self._whole and self._size < _LARGE_BYTES:
-                    if await self._read():
-                        return False
-        await self._take_turn()
-        return not (self._whole and await self._has_left())
+                    await self._read()
+        return not self.left and await self._wait_for_turn(_WAIT_S)
 
     async def receive(self) -> Message:
         """ASGI's `receive`: the last part of a body is handed over in a turn."""
@@ -118,8 +128,8 @@ class _Visit:
             await self._read()
         finally:
             slow.cancel()
-        if self._whole and not self._answered and (self._turn is None or self._turn.ended):
-            await self._take_turn()
+        if self._whole and not self._answered and not self.left and (self._turn is None or self._turn.ended):
+            await self._wait_for_turn(_LATE_S)
         return self._come.pop(0)
 
     async def send(self, message: Message) -> None:
@@ -153,25 +163,43 @@ class _Visit:
         self._reading = None
         return message
 
-    async def _read(self) -> bool:
-        """Read one message; whether it says that the client left."""
+    async def _read(self) -> None:
+        """Read one message."""
         message = await self._next()
         self._come.append(message)
         self._size += len(message.get("body", b""))
-        gone = message["type"] == "http.disconnect"
-        self._whole = gone or not message.get("more_body", False)
-        return gone
+        self._whole = _is_end(message) or not message.get("more_body", False)
 
-    async def _take_turn(self) -> None:
-        self._turn = self._turns.queue(self._client, large=self._size >= _LARGE_BYTES)
-        await self._turn.granted
-        self._lease = asyncio.get_running_loop().call_later(_LEASE_S, self.end_turn)
+    @property
+    def left(self) -> bool:
+        """Whether the client is known to have left."""
+        reading = self._reading
+        ahead = [] if reading is None or not reading.done() or reading.cancelled() else [reading.result()]
+        return any(map(_is_end, [*self._come, *ahead]))
 
-    async def _has_left(self) -> bool:
-        """Whether the client, whose request is whole, left while it waited."""
-        next_one = self._begin_to_read()
-        await asyncio.sleep(0)
-        return next_one.done() and next_one.result()["type"] == "http.disconnect"
+    async def _wait_for_turn(self, most_s: float) -> bool:
+        """Whether a turn came within `most_s` seconds, and its client was still there."""
+        turn = self._turn = self._turns.queue(self._client, large=self._size >= _LARGE_BYTES)
+        try:
+            async with asyncio.timeout(most_s):
+                # A client that leaves is out of the line; one that goes on sending waits for its turn.
+                await asyncio.wait({turn.granted, self._begin_to_read()}, return_when=asyncio.FIRST_COMPLETED)
+                if not self.left:
+                    await asyncio.shield(turn.granted)
+        except TimeoutError:
+            pass
+        except BaseException:
+            self._turns.end(turn)
+            raise
+        if turn.granted.done() and not self.left:
+            self._lease = asyncio.get_running_loop().call_later(_LEASE_S, self.end_turn)
+            return True
+        self._turns.end(turn)
+        return False
+
+
+def _is_end(message: Message) -> bool:
+    return bool(message["type"] == "http.disconnect")
 
 
 class TellsTurns:

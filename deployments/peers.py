@@ -36,7 +36,7 @@ class Peers:
 
     def enter(self, host: str | None) -> bool:
         """Whether one more may come; one that came is to `leave`."""
-        origin = self._origin(host)
+        origin = self._bounded(host)
         if origin is None:
             return True
         if self._open[origin] >= self._most:
@@ -46,22 +46,33 @@ class Peers:
 
     def leave(self, host: str | None) -> None:
         """A connection that had entered is over."""
-        origin = self._origin(host)
+        origin = self._bounded(host)
         if origin is not None:
             self._open[origin] -= 1
             if self._open[origin] <= 0:
                 del self._open[origin]
 
-    def _origin(self, host: str | None) -> str | None:
+    def _bounded(self, host: str | None) -> str | None:
         """Under what an address is counted, None if it has no bound."""
-        try:
-            address = ipaddress.ip_address(host or "")
-        except ValueError:
-            return None  # a Unix socket
-        if address.version == 6 and address.ipv4_mapped is not None:
-            address = address.ipv4_mapped
-        if address.is_loopback or str(address) in self._trusted:
+        address = _address(host)
+        if address is None or address.is_loopback or str(address) in self._trusted:
             return None
-        if address.version == 6:
-            return str(ipaddress.ip_network((address, _IPV6_BITS), strict=False))
-        return str(address)
+        return origin(host)
+
+
+def origin(host: str | None) -> str:
+    """What one host cannot have many of: an IPv4 address, an IPv6 /64; as it is what is no address (a Unix socket)."""
+    address = _address(host)
+    if address is not None and address.version == 6:
+        return str(ipaddress.ip_network((address, _IPV6_BITS), strict=False))
+    return str(address or host or "")
+
+
+def _address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(host or "")
+    except ValueError:
+        return None
+    if address.version == 6 and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address

@@ -15,7 +15,10 @@ class Turn:
 
     client: str
     large: bool
+    number: int
+    """In the order in which they were asked for."""
     granted: asyncio.Future[None]
+    """To be awaited behind a shield: who cancels it has not ended the turn."""
     began: float = 0.0
     ended: bool = False
 
@@ -41,7 +44,7 @@ class Turns:
         self.at_once = at_once
         self._clock = clock
         self._lines: dict[str, _Line] = {}
-        self._running = self._large = 0
+        self._running = self._large = self._asked = 0
 
     def queue(self, client: str, *, large: bool = False) -> Turn:
         """Stand in line.  Every turn is to be ended, also one that has not come."""
@@ -50,7 +53,8 @@ class Turns:
             # Who was away has no claim to the time that was not asked for.
             line = _Line(min((other.spent for other in self._lines.values()), default=0.0))
             self._lines[client] = line
-        turn = Turn(client, large, asyncio.get_running_loop().create_future())
+        self._asked += 1
+        turn = Turn(client, large, self._asked, asyncio.get_running_loop().create_future())
         (line.large if large else line.small).append(turn)
         self._grant()
         return turn
@@ -75,7 +79,9 @@ class Turns:
 
     def _grant(self) -> None:
         while self._running < self.at_once and (line := self._next()) is not None:
-            turn = line.small.popleft() if line.small else line.large.popleft()
+            turn = self._first(line)
+            assert turn is not None
+            (line.large if turn.large else line.small).popleft()
             line.running += 1
             self._running += 1
             self._large += turn.large
@@ -83,6 +89,11 @@ class Turns:
             turn.granted.set_result(None)
 
     def _next(self) -> _Line | None:
-        room = self._large < max(1, self.at_once // 4)
-        waiting = [line for line in self._lines.values() if line.small or (line.large and room)]
+        waiting = [line for line in self._lines.values() if self._first(line)]
         return min(waiting, key=lambda line: (line.spent, line.running), default=None)
+
+    def _first(self, line: _Line) -> Turn | None:
+        """Which of a line's turns may come next: the oldest, unless it is a large one without room."""
+        room = self._large < max(1, self.at_once // 4)
+        heads = [kind[0] for kind in (line.small, line.large if room else ()) if kind]
+        return min(heads, key=lambda turn: turn.number, default=None)

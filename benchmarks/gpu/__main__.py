@@ -104,7 +104,10 @@ def calibrate_(
     folder = measured or out
     measured_in(folder)
     out.mkdir(parents=True, exist_ok=True)
-    calibrate.run(out, folder, trace)
+    try:
+        calibrate.run(out, folder, trace)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command("sanitize")
@@ -115,7 +118,11 @@ def sanitize_(
 ) -> None:
     """A short run under compute-sanitizer; exit status 1 if it finds something."""
     environment(out)
-    if not sanitize.run(out, model, limit):
+    try:
+        clean = sanitize.run(out, model, limit)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from None
+    if not clean:
         raise typer.Exit(1)
 
 

@@ -37,8 +37,14 @@ FLOAT32_STATES = ("nemotron-h-8b", "kimi-linear-48b")
 
 
 def fit(rows: Iterable[dict[str, Any]], types: Sequence[LayerType], weight_bytes: float) -> tuple[StepCost, float]:
-    """Constants of one dense bfloat16 model from all its steps, and the mean error of the runs' times."""
+    """Constants of one dense bfloat16 model from all its steps, and the mean error of the runs' times.
+
+    Raises:
+        ValueError: no run has its steps.
+    """
     runs = [steps for row in rows for run in row["runs"] if (steps := Steps.of(run, types))]
+    if not runs:
+        raise ValueError("this run has no times of steps; run `throughput` again")
     host = np.array([(len(run.running) / run.seconds, run.running.sum() / run.seconds) for run in runs])
     best: tuple[float, StepCost] | None = None
     for flops, launches in itertools.product(RATES, LAUNCHES):
@@ -168,6 +174,7 @@ def run(out: Path, folder: Path, trace: Path | None) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such run.
+        ValueError: it has not what is compared here.
     """
     measured: list[dict[str, Any]] = json.loads((folder / "throughput.json").read_text())
     made = []
@@ -191,6 +198,8 @@ def run(out: Path, folder: Path, trace: Path | None) -> list[dict[str, Any]]:
             f" resident {each['resident'] or 0:.0f}, simulated {each['resident_simulated']:.0f}",
             flush=True,
         )
+    if not made:
+        raise ValueError(f"{folder / 'throughput.json'} holds no engine that came to its end; run `throughput` again")
     errors = [abs(each["error"]) for each in made]
     print(f"mean error {statistics.fmean(errors):.0%}, worst {max(errors):.0%}, of {len(errors)}", flush=True)
     (out / "calibration.json").write_text(json.dumps(made, indent=1) + "\n")

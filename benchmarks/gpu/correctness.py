@@ -36,8 +36,11 @@ LIMIT_S = 240
 LEAST_SHORT = 0.1
 """Nats that a token may fall short of the best one in any case: ties in bfloat16."""
 LONERS = 0.001
-"""Part of the tokens that may fall short by more than twice as much as stock's: a tie between experts changes a whole
-layer, and wrong pages spoil what follows as well."""
+"""Part of the tokens of a model with experts that may fall short by more than that, and by `MOST_SHORT` at most: a tie
+between experts changes a whole layer.  Wrong pages spoil what follows as well."""
+MOST_SHORT = 3.0
+"""Nats."""
+EXPERTS = ("gpt-oss-120b", "qwen3-next-80b", "kimi-linear-48b")
 
 
 @dataclass(frozen=True)
@@ -256,10 +259,12 @@ def faults(made: dict[str, Any]) -> list[str]:
         return found or ["stock said nothing"]
     usual = max(made[who]["most short"] for who in STOCK if who in made)
     limit = max(LEAST_SHORT, 2 * usual)
+    loners = LONERS if made["model"] in EXPERTS else 0.0
     found += [
-        f"{who}: {many} tokens fall short by more than {limit:.2f} nats, twice stock's most"
+        f"{who}: {made[who]['beyond']} tokens fall short by more than {limit:.2f} nats, twice stock's most, one by"
+        f" {made[who]['most short']:.2f}"
         for who in ("jenga", "pressed")
-        if (many := made[who]["beyond"]) > LONERS * made[who]["tokens"]
+        if made[who]["beyond"] > loners * made[who]["tokens"] or made[who]["most short"] > max(limit, MOST_SHORT)
     ]
     control = made.get("overlapping")
     if control is not None and control["beyond"] <= LONERS * control["tokens"]:

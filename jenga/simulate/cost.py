@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 
 
@@ -54,6 +55,7 @@ class StepCost:
             if name not in known:
                 raise ValueError(f"unknown constant {name!r}; known: {', '.join(sorted(known))}")
             least_is_zero = name in ("prefill_s", "request_s")
-            if not isinstance(value, int | float) or value < 0 or (value == 0 and not least_is_zero):
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and not least_is_zero):
                 raise ValueError(f"{name} must be a positive number{' or 0' if least_is_zero else ''}, not {value!r}")
         return cls(**values)

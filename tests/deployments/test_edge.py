@@ -165,7 +165,7 @@ async def test_what_is_no_http_is_refused_in_the_form_of_all_errors(monkeypatch:
 @pytest.mark.asyncio
 async def test_one_address_leaves_connections_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SETTING, "2")
-    monkeypatch.setattr(Peers, "_origin", lambda self, host: host)  # there is only the loopback here
+    monkeypatch.setattr(Peers, "_bounded", lambda self, host: host)  # there is only the loopback here
     async with serving(monkeypatch) as (port, server):
         outer = await forward(listen("127.0.0.1", 0, "test", "nothing"), port)
         for door, refusal in ((port, b" 503 "), (outer.sockets[0].getsockname()[1], b"")):

@@ -174,30 +174,127 @@ async def test_large_bodies_wait_for_each_other_and_arrive_whole() -> None:
     assert sorted(map(len, ingress.bodies)) == [1, 150_000, 150_000]
 
 
+class Client:
+    """One that does what it is told, request by request."""
+
+    def __init__(self, app: InTurn, path: str, peer: str = "10.0.0.9") -> None:
+        self.says: asyncio.Queue[Message] = asyncio.Queue()
+        self.got: list[Message] = []
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "client": (peer, 1)}
+        self.task = asyncio.create_task(app(scope, self.says.get, self._take))
+
+    async def _take(self, message: Message) -> None:
+        self.got.append(message)
+
+    def say(self, body: bytes, *, more: bool = False) -> None:
+        self.says.put_nowait({"type": "http.request", "body": body, "more_body": more})
+
+    def leave(self) -> None:
+        self.says.put_nowait({"type": "http.disconnect"})
+
+
 @pytest.mark.asyncio
-async def test_who_left_while_waiting_is_not_let_in() -> None:
+@pytest.mark.parametrize("size", [1, 70_000])
+async def test_who_leaves_while_waiting_is_out_of_the_line_at_once(size: int) -> None:
     ingress = Ingress()
     await ingress.ask("/quick")
     ingress.inside.clear()
     first = ingress.ask("/first")
     await ingress.holds("/first")
-    messages: list[Message] = [
-        {"type": "http.request", "body": b"", "more_body": False},
-        {"type": "http.disconnect"},
-    ]
-
-    async def receive() -> Message:
-        return messages.pop(0)
-
-    async def send(message: Message) -> None:
-        raise AssertionError(message)
-
-    scope = {"type": "http", "method": "POST", "path": "/gone", "headers": [], "client": ("10.0.0.9", 1)}
-    gone = asyncio.create_task(ingress.app(scope, receive, send))
+    gone = Client(ingress.app, "/gone")
+    gone.say(b"x" * size, more=size > 1)
     await ingress.holds("/first")
+    gone.leave()
+    await asyncio.wait_for(gone.task, 5)
+    assert not gone.got
+    assert list(ingress.app._turns._lines) == ["address 10.0.0.1"], "nothing of it is left"
     ingress.go_on.set()
-    await asyncio.gather(first, gone)
+    await first
     assert ingress.inside == ["/first"]
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_wait_takes_nobody_elses_turn() -> None:
+    """Ray's proxy cancels its reading when an ingress dies, and this may be the end of a slow body, in line again."""
+    app = InTurn(lambda scope, receive, send: hold.wait())  # type: ignore[arg-type, return-value]
+    hold = asyncio.Event()
+    app._turns.at_once = 1
+    busy = Client(app, "/busy", "10.0.0.1")
+    busy.say(b"")
+    await asyncio.sleep(0.02)
+    waiting = [Client(app, f"/{n}") for n in range(3)]
+    for each in waiting:
+        each.say(b"")
+    await asyncio.sleep(0.02)
+    waiting[1].task.cancel()
+    await asyncio.wait({waiting[1].task})
+    hold.set()
+    await asyncio.gather(busy.task, waiting[0].task, waiting[2].task)
+    assert (app._turns._running, app._turns._lines) == (0, {})
+
+
+@pytest.mark.asyncio
+async def test_who_waits_too_long_is_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairness, "_WAIT_S", 0.1)
+    ingress = Ingress()
+    await ingress.ask("/quick")
+    ingress.inside.clear()
+    first = ingress.ask("/first")
+    await ingress.holds("/first")
+    late = await ingress.ask("/late")
+    assert (late.status_code, late.headers["retry-after"]) == (503, "2")
+    assert late.json()["error"]["code"] == "overloaded"
+    ingress.go_on.set()
+    await first
+    assert ingress.inside == ["/first"]
+
+
+@pytest.mark.asyncio
+async def test_the_end_of_a_slow_body_goes_on_without_a_turn_before_its_time_is_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fairness, "_CLIENT_S", 0.02)
+    monkeypatch.setattr(fairness, "_LATE_S", 0.1)
+    ingress = Ingress()
+    await ingress.ask("/quick")
+    ingress.inside.clear()
+    slow = Client(ingress.app, "/quick")
+    slow.say(b"slow ", more=True)
+    await ingress.holds("/quick")
+    first = ingress.ask("/first")
+    await ingress.holds("/quick", "/first")
+    slow.say(b"body")
+    await asyncio.wait_for(slow.task, 5)
+    assert ingress.bodies[-1] == b"slow body"
+    ingress.go_on.set()
+    await first
+
+
+@pytest.mark.asyncio
+async def test_load_balancers_do_not_stand_in_line() -> None:
+    ingress = Ingress()
+    await ingress.ask("/quick")
+    ingress.inside.clear()
+    first = ingress.ask("/first")
+    await ingress.holds("/first")
+    balancer = ingress.ask("/health")
+    await ingress.holds("/first", "/health")
+    ingress.go_on.set()
+    await asyncio.gather(first, balancer)
+
+
+@pytest.mark.asyncio
+async def test_all_addresses_of_an_ipv6_host_are_one_client() -> None:
+    ingress = Ingress()
+    await ingress.ask("/quick")
+    ingress.inside.clear()
+    flood = [ingress.ask(f"/{n}", peer=f"2001:db8::{n + 1}") for n in range(5)]
+    await ingress.holds("/0")
+    good = ingress.ask("/good", peer="2001:db8:0:1::1")
+    await ingress.holds("/0")
+    ingress.go_on.set()
+    await asyncio.gather(*flood, good)
+    assert ingress.inside.index("/good") == 1
 
 
 @pytest.mark.asyncio

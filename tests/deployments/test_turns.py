@@ -89,6 +89,18 @@ async def test_large_ones_leave_room_for_small_ones() -> None:
     assert sum(come(*[turns.queue("evil", large=True) for _ in range(3)])) == 2
 
 
+@pytest.mark.asyncio
+async def test_a_large_one_is_not_passed_by_small_ones_of_its_own_line_for_ever() -> None:
+    turns = Turns(2)
+    first = [turns.queue("all", large=True), turns.queue("all")]
+    large = turns.queue("all", large=True)
+    later = [turns.queue("all") for _ in range(5)]
+    turns.end(first[1])
+    assert come(large, *later) == [False, True, False, False, False, False], "no room for a second large one"
+    turns.end(first[0])
+    assert come(large, *later) == [True, True, False, False, False, False]
+
+
 STEPS = st.lists(
     st.tuples(st.sampled_from("abc"), st.booleans()) | st.tuples(st.just("end"), st.integers(0, 1000)), max_size=60
 )

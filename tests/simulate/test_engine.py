@@ -186,5 +186,8 @@ def test_constants_of_the_host_may_be_zero_and_no_others() -> None:
     assert StepCost.from_json('{"prefill_s": 0, "request_s": 0.001}') == StepCost(request_s=0.001)
     with pytest.raises(ValueError, match="overhead_s must be a positive number, not 0"):
         StepCost.from_json('{"overhead_s": 0}')
+    for bad in ("NaN", "Infinity", "true"):
+        with pytest.raises(ValueError, match="request_s must be a positive number or 0"):
+            StepCost.from_json(f'{{"request_s": {bad}}}')
     with pytest.raises(ValueError, match="prefill_s must be a positive number or 0, not -1"):
         StepCost.from_json('{"prefill_s": -1}')
