@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,8 @@ Models = Annotated[list[str] | None, typer.Option("--model", help="Only these mo
 
 def environment(out: Path) -> None:
     """What this machine is, as JSON beside the results."""
+    if shutil.which("nvidia-smi") is None:
+        raise typer.BadParameter("there is no nvidia-smi here: this needs a machine with an NVIDIA GPU and its driver")
     import torch
     import vllm
 

@@ -177,7 +177,7 @@ def test_files_that_cannot_serve_tls_are_named_before_anything_starts(tmp_path: 
     }.items():
         with pytest.raises(ConfigError, match=said):
             tls.check(*map(str, pair))
-    with pytest.raises(ValidationError, match="limits.request_s"):
+    with pytest.raises(ValidationError, match=r"limits\.request_s"):
         HttpOptions(request_timeout_s=60)
     with pytest.raises(ValidationError, match="go together"):
         HttpOptions(ssl_certfile="x")
