@@ -1,7 +1,7 @@
 """In front of Serve's HTTP proxy: a request whose ingress died goes to another one, a stream that broke off says so.
 
-Ray's proxy would answer 500 to the first, and end the second without a word.  Whoever starts a Ray node says
-`ENVIRONMENT` there: the proxy calls `middlewares`.
+Ray's proxy would answer 500 to the first, end the second without a word, and answer 404 to all while an application
+starts.  Whoever starts a Ray node says `ENVIRONMENT` there: the proxy calls `middlewares`.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ class _Exchange:
         self._kept: list[Message] = []
         self._size = 0
         self._again: list[Message] = []
-        self._gone = self._started = self._ended = self._events = False
+        self._gone = self._started = self._ended = self._events = self._unserved = False
         self._tail = b"\n\n"
 
     @property
     def may_go_again(self) -> bool:
         """Whether there is no answer, somebody waits for one, and the whole request is still known."""
-        return not self._started and not self._gone and self._size <= _KEPT_BYTES
+        return not (self._started or self._gone or self._unserved) and self._size <= _KEPT_BYTES
 
     def rewind(self) -> None:
         """Read the request from its beginning again."""
@@ -103,10 +103,16 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         """ASGI's `send`."""
+        if self._unserved:
+            return
         if message["type"] == "http.response.start":
+            kind = dict(message.get("headers", ())).get(b"content-type", b"")
+            # The proxy's own words where there is no application; the ingress has JSON for paths that it does not know.
+            self._unserved = message["status"] == 404 and kind.startswith(b"text/plain")
+            if self._unserved:
+                return
             self._started = True
             self._kept.clear()
-            kind = dict(message.get("headers", ())).get(b"content-type", b"")
             self._events = kind.startswith(b"text/event-stream")
         elif message["type"] == "http.response.body":
             self._tail = (self._tail + message.get("body", b""))[-2:]
@@ -118,8 +124,9 @@ class _Exchange:
         if self._gone or self._ended:
             return
         if not self._started:
+            why = "Nothing is served here just now" if self._unserved else "The server that had this request died"
             response = error_response(
-                "The server that had this request died; try again.",
+                f"{why}; try again.",
                 503,
                 code="server_unavailable",
                 headers={"Retry-After": str(RETRY_AFTER_S)},

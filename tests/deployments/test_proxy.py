@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from ray.serve._private.http_util import convert_object_to_asgi_messages
 from starlette.types import Message, Receive, Scope, Send
 
 from deployments import proxy
@@ -89,6 +90,18 @@ def test_two_dead_in_a_row_are_an_honest_503() -> None:
     got, asked = exchange(dies, dies)
     assert asked == 2
     assert got[0]["status"] == 503
+    assert dict(got[0]["headers"])[b"retry-after"] == str(RETRY_AFTER_S).encode()
+    assert told(got[1])["code"] == "server_unavailable"
+
+
+def test_without_an_application_the_answer_is_503_and_not_404() -> None:
+    async def unknown(receive: Receive, send: Send) -> None:
+        """As Ray's proxy answers while an application starts."""
+        for message in convert_object_to_asgi_messages("Path '/v1/completions' not found.", status_code=404):
+            await send(message)
+
+    got, asked = exchange(unknown)
+    assert (asked, got[0]["status"]) == (1, 503)
     assert dict(got[0]["headers"])[b"retry-after"] == str(RETRY_AFTER_S).encode()
     assert told(got[1])["code"] == "server_unavailable"
 
