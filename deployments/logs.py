@@ -17,11 +17,11 @@ SERVE = "ray.serve"
 def kept_open() -> Iterator[None]:
     """Inside, vLLM may make an engine or its configuration; afterwards Serve's log goes on."""
     buffers = [handler for handler in logging.getLogger(SERVE).handlers if isinstance(handler, MemoryHandler)]
-    targets = [(buffer, buffer.target) for buffer in buffers if buffer.target is not None]
+    for buffer in buffers:
+        # Not put right afterwards: a controller may come at any time of an engine's start.
+        buffer.close = buffer.flush  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for buffer, target in targets:
-            if buffer.target is None:
-                buffer.setTarget(target)
-                buffer.flush()
+        for buffer in buffers:
+            del buffer.close

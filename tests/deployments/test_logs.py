@@ -31,6 +31,7 @@ def test_serves_log_goes_on_behind_what_closed_it(buffer: MemoryHandler, tmp_pat
     with logs.kept_open():
         logger.error("before")
         vllm_configures()
+        assert buffer.target is not None, "a controller that comes just now asks for its name"
         logger.error("meanwhile")
     logger.error("after")
     assert (tmp_path / "replica.log").read_text().split() == ["before", "meanwhile", "after"]
