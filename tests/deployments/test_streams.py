@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse, OpenAIHTTPException
+from ray.serve.llm.ingress import OpenAiIngress
 from starlette.responses import Response, StreamingResponse
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -20,7 +21,6 @@ from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments import ingress
-from deployments.config import Limits
 from deployments.ingress import Ingress
 from deployments.streams import END, raise_failures
 
@@ -94,8 +94,9 @@ def ask(monkeypatch: pytest.MonkeyPatch, *replicas: list[Any]) -> tuple[Response
     """A streamed request to replicas that do these things, and all that is answered."""
     monkeypatch.setattr(ingress, "SECOND_TRY_S", 0.0)
     handle = Answers(*replicas)
-    door = object.__new__(Ingress)
-    door._limits, door._renderers, door._tell_tokens = Limits(), {}, True
+    # Ray's own would look for the engines.
+    monkeypatch.setattr(OpenAiIngress, "__init__", lambda self: None)
+    door = Ingress()
     door._model_cards = {"m": None}
     monkeypatch.setattr(door, "_get_configured_serve_handle", lambda model: handle)
 
