@@ -98,6 +98,7 @@ class CacheAwareRouter(RequestRouter):
         again = None if pending_request is None else pending_request.metadata.internal_request_id
         if again is not None and self._booked.pop(again, None) is not None:
             self._settle(again)  # what it left nowhere must not draw it there
+        self._give_up()
         by_id = {replica.replica_id: replica for replica in candidate_replicas}
         placed = Counter(booked.replica for booked in self._booked.values())  # and not sent yet
         states = {id_: self._state(id_, replica, placed[id_]) for id_, replica in by_id.items()}
@@ -164,12 +165,8 @@ class CacheAwareRouter(RequestRouter):
 
         At once, since those that come in the same moment are placed before Ray has sent this one.
         """
-        now = time.monotonic()
-        while self._booked and now - (first := next(iter(self._booked.items())))[1].time > _GIVEN_UP_S:
-            self._settle(first[0])
-            del self._booked[first[0]]
         hit = prompt.hits.get(replica.unique_id, NO_HIT)
-        self._booked[request] = _Booked(now, replica, prompt)
+        self._booked[request] = _Booked(time.monotonic(), replica, prompt)
         self._ledger.add(replica, request, len(prompt.tokens) - hit.tokens)
         index = self._feed.index
         rule = index.rule(replica.unique_id)
@@ -177,6 +174,13 @@ class CacheAwareRouter(RequestRouter):
             index.book(replica.unique_id, request, prompt.tokens, names, hit)
         else:
             index.settle(request)
+
+    def _give_up(self) -> None:
+        """Forget requests that were placed long ago and never sent: their clients left while all replicas were full."""
+        now = time.monotonic()
+        while self._booked and now - (first := next(iter(self._booked.items())))[1].time > _GIVEN_UP_S:
+            self._settle(first[0])
+            del self._booked[first[0]]
 
     def _settle(self, request: str) -> None:
         self._ledger.settle(request)
