@@ -335,9 +335,20 @@ def counted(running: Running, requests: float) -> dict[str, float]:
     return found
 
 
+def settled(running: Running) -> dict[str, float]:
+    """Predictions, once those of earlier tests are counted: on a busy machine that takes a while."""
+    found, since, end = predictions(running), time.monotonic(), time.monotonic() + 90
+    while time.monotonic() - since < 10:
+        assert time.monotonic() < end, found
+        time.sleep(2)
+        now = predictions(running)
+        if now != found:
+            found, since = now, time.monotonic()
+    return found
+
+
 def test_the_router_knows_what_is_cached(served: Running) -> None:
-    time.sleep(8)  # what earlier tests sent is counted by now
-    before = predictions(served)
+    before = settled(served)
     right, cached = ask_about_tables(served, 60, seed=100)
     assert right >= 57
     assert cached > 10_000
