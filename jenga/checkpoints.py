@@ -28,7 +28,8 @@ ANSWER_CUE = 16
 
 PASS_TOKENS = 256
 """Tokens; a recurrent state can be kept only where a forward pass ends, and one more pass takes about as long as
-computing this many tokens (an H100 does 295 operations in the time it loads a byte of weights)."""
+computing this many tokens (an H100 does 295 operations in the time it loads a byte of weights).  The default: where
+launching kernels takes most of a pass, a pass costs more."""
 
 MAX_KNOWN_JUNCTIONS = 2
 """Junctions seen before at which one prompt keeps something: the longest ones."""
@@ -44,11 +45,14 @@ class Boundaries:
     """Those where computing should pause, so that recurrent states can be kept there."""
 
 
-def boundaries(hit: Hit, tokens: int, alignment: int, hints: Iterable[int] = ()) -> Boundaries:
+def boundaries(
+    hit: Hit, tokens: int, alignment: int, hints: Iterable[int] = (), pass_tokens: int = PASS_TOKENS
+) -> Boundaries:
     """What a prompt of `tokens` tokens that resumes behind `hit` keeps.
 
     `hints` are the lengths of `turn_starts` and `SharedPrefixes`.  All are rounded down to `alignment`: a checkpoint
-    never covers tokens of this request beyond the place it was made for.
+    never covers tokens of this request beyond the place it was made for.  `pass_tokens` is what one more forward pass
+    costs, in tokens.
     """
     # A hit leaves at least one token to compute, so an equal prompt resumes before its last token.
     end = (tokens - 1) // alignment * alignment
@@ -58,7 +62,7 @@ def boundaries(hit: Hit, tokens: int, alignment: int, hints: Iterable[int] = ())
     start = hit.tokens
     for length in lengths:
         # What others share will be resumed more than once, the end of a prompt perhaps never.
-        if length - start >= (PASS_TOKENS // 2 if length in shared else PASS_TOKENS):
+        if length - start >= (pass_tokens // 2 if length in shared else pass_tokens):
             pauses.append(length)
             start = length
     return Boundaries(lengths, tuple(pauses))

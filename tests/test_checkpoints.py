@@ -42,8 +42,8 @@ def test_boundaries_of_a_prompt() -> None:
 
 
 def test_a_pause_must_spare_what_it_costs() -> None:
-    def pauses(hit: int, tokens: int, *hints: int) -> tuple[int, ...]:
-        return boundaries(Hit(hit, hit, None), tokens, 32, hints).pauses
+    def pauses(hit: int, tokens: int, *hints: int, **more: int) -> tuple[int, ...]:
+        return boundaries(Hit(hit, hit, None), tokens, 32, hints, **more).pauses
 
     assert PASS_TOKENS == 256
     assert pauses(0, 542, 480) == (480,), "the last 32 tokens are not worth a pass"
@@ -53,6 +53,11 @@ def test_a_pause_must_spare_what_it_costs() -> None:
     assert pauses(0, 258) == (256,)
     assert pauses(0, 224, 192) == (192,), "a turn that starts in the last block is no less worth it"
     assert pauses(480, 542, 480) == ()
+    assert pauses(0, 740, 480, pass_tokens=960) == (480,), "what others share is worth half a pass"
+    assert pauses(0, 740, 480, pass_tokens=961) == (480,)
+    assert pauses(0, 740, 480, pass_tokens=962) == ()
+    assert pauses(0, 740, 480, pass_tokens=1) == (480, 736)
+    assert pauses(0, 100, 32, 64, pass_tokens=1) == (32, 64, 96), "where a pass costs nothing, all are kept"
 
 
 def test_the_turn_after_a_system_prompt() -> None:

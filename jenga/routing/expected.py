@@ -24,7 +24,7 @@ def stored_by(
     hints = [blocks * rule.hash_tokens for blocks in shared.ends(keys)]
     if rule.turn_marks:
         hints += turn_starts(tokens, rule.turn_marks, rule.alignment)
-    kept = boundaries(hit, len(tokens), rule.alignment, hints)
+    kept = boundaries(hit, len(tokens), rule.alignment, hints, rule.pass_tokens)
     found = []
     for group in rule.groups:
         size, policy = group.page_tokens, group.policy

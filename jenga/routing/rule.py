@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from jenga.checkpoints import PASS_TOKENS
 from jenga.hits import GroupCache, Hit, longest_common_hit
 from jenga.policies import CachedTest, LayerPolicy, policy_class
 
@@ -32,7 +33,7 @@ class HitRule:
     """The engine's layer groups and the granularity of its hits.
 
     Raises:
-        ValueError: a page or the alignment is not a multiple of what it must be.
+        ValueError: a page or the alignment is not a multiple of what it must be, or a pass costs nothing.
     """
 
     groups: tuple[GroupRule, ...]
@@ -45,8 +46,12 @@ class HitRule:
     algorithm or seed) name equal blocks differently."""
     turn_marks: frozenset[int] = frozenset()
     """Special tokens, at whose runs turns start and the engine keeps what a hit needs (`jenga.checkpoints`)."""
+    pass_tokens: int = PASS_TOKENS
+    """What one more forward pass costs the engine, in tokens: it pauses for a state only where that spares more."""
 
     def __post_init__(self) -> None:
+        if self.pass_tokens < 1:
+            raise ValueError(f"pass_tokens {self.pass_tokens} is no positive number of tokens")
         for group in self.groups:
             if group.page_tokens < 1 or self.hash_tokens < 1 or group.page_tokens % self.hash_tokens:
                 raise ValueError(
@@ -95,6 +100,7 @@ class HitRule:
             "hash_tokens": self.hash_tokens,
             "root": self.root,
             "turn_marks": sorted(self.turn_marks),
+            "pass_tokens": self.pass_tokens,
         }
 
     @classmethod
@@ -113,6 +119,13 @@ class HitRule:
                 for group in data["groups"]
             )
             marks = frozenset(int(token) for token in data.get("turn_marks", ()))
-            return cls(groups, int(data["alignment"]), int(data["hash_tokens"]), str(data["root"]), marks)
+            return cls(
+                groups,
+                int(data["alignment"]),
+                int(data["hash_tokens"]),
+                str(data["root"]),
+                marks,
+                int(data.get("pass_tokens", PASS_TOKENS)),  # an older engine does not tell
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"no hit rule: {type(error).__name__}: {error}") from error

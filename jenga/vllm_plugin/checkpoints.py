@@ -30,7 +30,7 @@ def options(config: VllmConfig) -> CheckpointOptions:
         ValueError: a bad setting; the message names it.
     """
     wanted = settings.read(config).checkpoints
-    return CheckpointOptions(markers(config) if wanted.turns else frozenset(), wanted.answers)
+    return CheckpointOptions(markers(config) if wanted.turns else frozenset(), wanted.answers, wanted.pass_tokens)
 
 
 def markers(config: VllmConfig) -> frozenset[int]:
@@ -100,20 +100,24 @@ class Checkpoints:
         elif start is None:
             return kept
         hit = Hit(start or 0, max(start or 0, request.shared_prefix_boundary), None)
-        kept.boundaries = boundaries(hit, request.num_tokens, self.alignment, kept.hints)
+        kept.boundaries = boundaries(hit, request.num_tokens, self.alignment, kept.hints, self.options.pass_tokens)
         kept.prompt_end = (request.num_tokens - 1) // self.alignment * self.alignment
         return kept
 
     def chunk(self, request: Request, start: int, tokens: int, stock: int) -> int:
         """Tokens of the next chunk of a prefill.
 
-        From `start` on, at most `tokens`; vLLM would pause after `stock` of them, which ends at a block or the prompt.
+        From `start` on, at most `tokens`; vLLM would pause after `stock` of them: at a block, at the prompt's end, or
+        where a shared prefix ends, whatever that spares.
         """
         kept = self.of(request, start if request.num_computed_tokens == 0 else None)
         end = start + stock
-        if end == kept.prompt_end and end not in kept.boundaries.pauses and start + tokens >= request.num_tokens:
-            end = start + tokens
-        return min((b for b in kept.boundaries.pauses if start < b < min(end, kept.prompt_end)), default=end) - start
+        inside = end > kept.prompt_end  # the backend keeps the state of the prompt's end without a pause
+        if end in kept.boundaries.lengths and end not in kept.boundaries.pauses and start % self.alignment == 0:
+            most = start + tokens
+            end = most if most >= request.num_tokens else max(end, most // self.alignment * self.alignment)
+        pauses = (b for b in kept.boundaries.pauses if start < b < end and not (inside and b == kept.prompt_end))
+        return min(pauses, default=end) - start
 
     def _hints(self, request: Request) -> tuple[int, ...]:
         size = self.hash_tokens

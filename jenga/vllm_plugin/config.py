@@ -10,6 +10,7 @@ from itertools import accumulate
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 
 from jenga import __version__
+from jenga.checkpoints import PASS_TOKENS
 from jenga.layout import GroupLayout, Layout
 from jenga.metrics.stock import StockPlan
 from jenga.vllm_plugin import SWITCH, registered
@@ -23,6 +24,8 @@ class CheckpointOptions:
     """Token ids that mark turns; none if turns are not looked for."""
     answers: bool = True
     """Whether the end of an answer is kept."""
+    pass_tokens: int = PASS_TOKENS
+    """What one more forward pass costs, in tokens."""
 
 
 @dataclass

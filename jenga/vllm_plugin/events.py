@@ -43,7 +43,7 @@ from vllm.v1.request import Request
 from jenga.routing import GroupRule, HitRule, Snapshot
 from jenga.vllm_plugin import settings
 from jenga.vllm_plugin.checkpoints import Checkpoints
-from jenga.vllm_plugin.config import JengaKVCacheConfig
+from jenga.vllm_plugin.config import CheckpointOptions, JengaKVCacheConfig
 from jenga.vllm_plugin.groups import group_name, policy_of
 
 
@@ -188,11 +188,11 @@ def hit_rule(scheduler: Any) -> HitRule | None:
     """How this engine's prefix cache is hit, None where vLLM's own rule for several groups is in charge."""
     manager = scheduler.kv_cache_manager
     coordinator, config = manager.coordinator, manager.kv_cache_config
-    turn_marks: frozenset[int] = frozenset()
+    chosen = CheckpointOptions()
     if isinstance(config, JengaKVCacheConfig):
         named = [(place.group.name, place.group.policy) for place in config.layout.groups]
         alignment = coordinator.scheduler_block_size
-        turn_marks = coordinator.checkpoints.options.markers
+        chosen = coordinator.checkpoints.options
     elif type(coordinator) is UnitaryKVCacheCoordinator and not manager.use_eagle:
         spec = config.kv_cache_groups[0].kv_cache_spec
         spec = next(iter(iter_layer_specs(spec)))
@@ -210,7 +210,8 @@ def hit_rule(scheduler: Any) -> HitRule | None:
         alignment=alignment,
         hash_tokens=manager.block_pool.hash_block_size,
         root=kv_cache_utils.NONE_HASH.hex() if manager.enable_caching else "",
-        turn_marks=turn_marks,
+        turn_marks=chosen.markers,
+        pass_tokens=chosen.pass_tokens,
     )
 
 

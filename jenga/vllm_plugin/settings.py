@@ -7,6 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm.config import VllmConfig
 
+from jenga.checkpoints import PASS_TOKENS
+
 
 class Checkpoints(BaseModel):
     """What windows and recurrent states are kept for, besides the ends of prompts and seen junctions."""
@@ -15,6 +17,11 @@ class Checkpoints(BaseModel):
 
     turns: bool = Field(default=True, description="the start of the first and the last turn of a chat prompt")
     answers: bool = Field(default=True, description="the end of the answer, for the next turn of a conversation")
+    pass_tokens: int = Field(
+        default=PASS_TOKENS,
+        ge=1,
+        description="what one more forward pass costs, in tokens: a prefill pauses only where a state spares more",
+    )
 
 
 class Events(BaseModel):
@@ -50,6 +57,6 @@ def read(config: VllmConfig) -> Settings:
         first = error.errors()[0]
         where = ".".join(("additional_config", "jenga", *map(str, first["loc"])))
         raise ValueError(
-            f"{where} = {first['input']!r}: {first['msg']}. Known: checkpoints.turns, "
-            "checkpoints.answers, events.contents (true or false)."
+            f"{where} = {first['input']!r}: {first['msg']}. Known: checkpoints.turns, checkpoints.answers, "
+            "events.contents (true or false), checkpoints.pass_tokens (a number of tokens, 1 or more)."
         ) from None

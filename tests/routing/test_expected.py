@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 
 import msgspec
+import pytest
 
 from jenga.checkpoints import SharedPrefixes
 from jenga.hits import Hit
@@ -100,6 +103,22 @@ def test_nothing_is_expected_of_a_replica_that_restarted_or_is_not_trusted() -> 
     assert hit(made, keys, tokens).furthest == 0
     made.book("unknown", "c", tokens, keys, NO_HIT)
     made.settle("c")
+
+
+def test_what_a_pass_costs_is_part_of_the_rule() -> None:
+    tokens, keys = prompt(700, 0)
+    expected = {1: {SYSTEM, 688}, 256: {SYSTEM, 688}, 500: {SYSTEM}, 641: {SYSTEM}, 642: {688}, 689: set()}
+    for cost, lengths in expected.items():
+        told = HitRule.from_dict(json.loads(json.dumps(replace(RULE, pass_tokens=cost).to_dict())))
+        assert told.pass_tokens == cost
+        states = stored_by(told, tokens, keys, NO_HIT, SharedPrefixes())[2]
+        assert {(keys.index(key) + 1) * 16 for key in states} == lengths
+    older = RULE.to_dict()
+    del older["pass_tokens"]
+    assert HitRule.from_dict(older) == RULE, "engines that do not tell take 256"
+    for wrong in (0, -1, None, "many"):
+        with pytest.raises(ValueError, match=r"pass_tokens|no hit rule|invalid literal"):
+            HitRule.from_dict(RULE.to_dict() | {"pass_tokens": wrong})
 
 
 def test_expected_equals_stored() -> None:

@@ -5,11 +5,24 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from vllm.v1.core.sched.scheduler import Scheduler
 
+from jenga.checkpoints import SharedPrefixes
 from jenga.demo import make
+from jenga.hits import Hit
+from jenga.policies import FullAttention, RecurrentState
+from jenga.routing import GroupRule, HitRule
+from jenga.routing.expected import stored_by
+from jenga.vllm_plugin import settings
+from jenga.vllm_plugin.checkpoints import Checkpoints
+from jenga.vllm_plugin.config import CheckpointOptions
 from tests.vllm_plugin.harness import run
 
 RUNNER = Path(__file__).with_name("chat_run.py")
@@ -112,3 +125,75 @@ def test_settings_name_what_is_wrong(gemma: Path, tmp_path: Path) -> None:
     wrong = {"additional_config": {"jenga": {"checkpoints": {"turn": False}}}}
     with pytest.raises(RuntimeError, match=r"additional_config\.jenga\.checkpoints\.turn = False: .*not permitted"):
         run(tmp_path, "wrong", spec(gemma, 64, **wrong) | {"chats": []}, jenga=True, runner=RUNNER)
+
+
+@pytest.mark.parametrize("value", [0, -256, 1.5, "256", True, None])
+def test_bad_costs_of_a_pass(value: object) -> None:
+    config: Any = SimpleNamespace(additional_config={"jenga": {"checkpoints": {"pass_tokens": value}}})
+    with pytest.raises(ValueError, match=r"checkpoints\.pass_tokens = .*: Input should be .*a number of tokens, 1 or"):
+        settings.read(config)
+
+
+ALIGNMENT, MARK = 16, 9
+
+
+@hypothesis_settings(max_examples=300)
+@given(
+    length=st.integers(2, 900) | st.integers(600, 900),
+    turns=st.sets(st.integers(0, 900), max_size=3),
+    resumed=st.integers(0, 20),
+    further=st.integers(0, 40),
+    known=st.lists(st.integers(0, 55), max_size=3),
+    pass_tokens=st.sampled_from([1, 40, 256, 900, 4000]),
+    budget=st.sampled_from([10_000, 10_000, 500, 170]),
+)
+def test_engine_and_router_agree_where_a_prefill_pauses(
+    length: int, turns: set[int], resumed: int, further: int, known: list[int], pass_tokens: int, budget: int
+) -> None:
+    """vLLM's own split, corrected by the plugin, ends its chunks where the router expects states."""
+    tokens = [MARK if i in turns else 100 for i in range(length)]
+    most = (length - 1) // ALIGNMENT
+    furthest = min(resumed + further, most) * ALIGNMENT
+    hit = Hit(min(resumed, most) * ALIGNMENT, furthest, None)
+    keys = list(range(1000, 1000 + length // ALIGNMENT))
+    engine = Checkpoints(CheckpointOptions(frozenset({MARK}), pass_tokens=pass_tokens), ALIGNMENT, ALIGNMENT)
+    router = SharedPrefixes()
+    for junctions in (engine.shared, router):
+        for page in known:
+            junctions.learn(1000 + page)
+    request: Any = SimpleNamespace(
+        request_id="r",
+        block_hashes=keys,
+        prompt_token_ids=tokens,
+        num_tokens=length,
+        num_prompt_tokens=length,
+        num_computed_tokens=0,
+        shared_prefix_boundary=furthest if furthest > hit.tokens else 0,
+    )
+    scheduler: Any = SimpleNamespace(
+        block_size=ALIGNMENT,
+        hash_block_size=ALIGNMENT,
+        cache_config=SimpleNamespace(block_size=ALIGNMENT),
+        scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
+        max_num_scheduled_tokens=budget,
+        mamba_partial_cache_hit=False,
+        mamba_shared_prefix_checkpoint=False,
+        mamba_has_prefill_checkpoint_blocks=False,
+        use_eagle_block_drop=False,
+    )
+    ends, start = [], hit.tokens
+    while start < length:
+        chunk = min(budget, length - start)
+        before = hit.tokens if request.num_computed_tokens == 0 else 0
+        stock = Scheduler._mamba_block_aligned_split(scheduler, request, chunk, before)
+        start += engine.chunk(request, start, chunk, stock)
+        request.num_computed_tokens = start
+        ends.append(start)
+    groups = (GroupRule("full", FullAttention(), ALIGNMENT), GroupRule("state", RecurrentState(), ALIGNMENT))
+    rule = HitRule(groups, ALIGNMENT, ALIGNMENT, "ab", frozenset({MARK}), pass_tokens)
+    rule = HitRule.from_dict(rule.to_dict())
+    expected = [(key - 999) * ALIGNMENT for key in stored_by(rule, tokens, keys, hit, router)[1]]
+    assert set(expected) <= set(ends)
+    assert all(end % ALIGNMENT == 0 for end in ends[:-1]), "a state within a block could not be cached"
+    if budget > length:
+        assert set(ends) == {*expected, length}, "no pause that nobody needs"
