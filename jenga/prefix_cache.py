@@ -25,6 +25,7 @@ from jenga.hits import GroupCache, Hit, longest_common_hit
 from jenga.layers import Counts
 from jenga.metrics import LiveUse
 from jenga.policies import CachedTest, LayerPolicy
+from jenga.reach import Reach, page_before
 
 Keys = Sequence[Sequence[int]]
 """``keys[g][i]``: contents of page ``i`` of group ``g`` and of all before it; complete pages only."""
@@ -49,6 +50,7 @@ class PagePool(Protocol):
     def allocate(self, group: int, count: int) -> list[int]: ...
     def release(self, group: int, page: int, keep: bool) -> None: ...
     def revive(self, group: int, page: int) -> None: ...
+    def forget(self, group: int, page: int) -> None: ...
     def fits(self, pages: Sequence[int], pins: Sequence[list[int]] = ()) -> bool: ...
     def usage(self) -> Usage: ...
 
@@ -121,6 +123,8 @@ class PrefixCache:
     `pool` is called with the eviction callback and returns the pool to use.  `groups` in the pool's order;
     `counts` says which tokens each stores something for (text, if left out).  Images are taken to be nobody
     else's and to come first, so a request with images finds nothing in the cache and leaves nothing there.
+    `free_unreachable`: a cached page is freed as soon as no hit can get to it (`jenga.reach`), instead of waiting for
+    its turn to be evicted.
     """
 
     def __init__(
@@ -128,13 +132,14 @@ class PrefixCache:
         groups: Sequence[CachedGroup],
         pool: Callable[[EvictCallback], PagePool],
         counts: Sequence[Counts] | None = None,
+        free_unreachable: bool = False,
     ) -> None:
         self.groups = tuple(groups)
         self.counts = tuple(counts or [Counts.TEXT] * len(self.groups))
         self._text = [g for g, kind in enumerate(self.counts) if kind is not Counts.IMAGES]
         self.alignment = lcm(*(self.groups[g].page_tokens for g in self._text))
         """Granularity of hits, in tokens."""
-        self.pool = pool(self._evicted)
+        self.pool = pool(self._unindex)
         self._sequences: dict[Hashable, _Sequence] = {}
         self._index: list[dict[int, int]] = [{} for _ in groups]
         self._key: list[dict[int, int]] = [{} for _ in groups]  # the index, turned round
@@ -152,6 +157,12 @@ class PrefixCache:
             for g, group in enumerate(self.groups)
         ]
         self._states = any(self.shared[g] and not group.policy.token_pages for g, group in enumerate(self.groups))
+        self._chain = [(g, group.page_tokens) for g, group in enumerate(groups) if self._dense[g] and self.shared[g]]
+        # A page's node is its key times the number of groups, plus its group: one integer is cheaper than a pair.
+        self._reach: Reach[int] | None = Reach() if free_unreachable and self._chain else None
+        # By key, further pages of what the index has, which requests hold.  When that is evicted one of them takes its
+        # place: so all of the prefix before a page that is held stays in the index.
+        self._copies: list[dict[int, list[int]]] = [{} for _ in groups]
         self._grown: list[Hashable] = []  # since the last `end_step`
         self.releases = 0
         """Pages given back to the pool since start: what did not fit may fit when this has changed."""
@@ -424,6 +435,7 @@ class PrefixCache:
         """
         sequence = self._require(request)
         self._keep_end(sequence)
+        self._remove_copies(sequence)
         del self._sequences[request]
         held = [
             (-(i + 1) * self.groups[g].page_tokens, g, page)
@@ -480,9 +492,13 @@ class PrefixCache:
         first = self._resident(g, tokens)
         passing = sum(1 for i in indices if i < first)
         if not passing:
-            return self.pool.allocate(g, len(indices))
-        staying = [page for _ in range(len(indices) - passing) for page in self.pool.allocate(g, 1)]
-        return self.pool.allocate(g, passing) + staying
+            pages = self.pool.allocate(g, len(indices))
+        else:
+            staying = [page for _ in range(len(indices) - passing) for page in self.pool.allocate(g, 1)]
+            pages = self.pool.allocate(g, passing) + staying
+        if self._reach is not None:
+            self._reach.sweep(self._drop_unreachable)  # not while the pool evicts: it would find its books changed
+        return pages
 
     def _give_up_checkpoints(self, sequence: _Sequence, new: list[Sequence[int]], counts: list[int]) -> bool:
         """If that makes room, let states move on in their pages although hits could use what those hold now.
@@ -497,7 +513,7 @@ class PrefixCache:
         if not own or not self.pool.fits(fewer):
             return False
         for g, page in own.items():
-            del self._index[g][self._key[g].pop(page)]
+            self._unindex(g, page)
             new[g] = ()
         counts[:] = fewer
         return True
@@ -564,15 +580,63 @@ class PrefixCache:
 
     def _index_pages(self, g: int, sequence: _Sequence, indices: range) -> None:
         index, key_of, held, keys = self._index[g], self._key[g], sequence.pages[g], sequence.keys[g]
+        new = []
         for i in indices:
             page = held.get(i)
-            # A second copy of known contents stays private: it is freed with its request.
-            if page is not None and i < len(keys) and keys[i] not in index and page not in key_of:
+            if page is None or i >= len(keys) or page in key_of:
+                continue
+            if keys[i] not in index:
                 index[keys[i]] = page
                 key_of[page] = keys[i]
+                new.append(i)
+            # A second copy of known contents stays private: it is freed with its request.
+            elif self._reach is not None and self._dense[g]:
+                self._copies[g].setdefault(keys[i], []).append(page)
+        if self._reach is not None and new:
+            self._place(self._reach, g, new, sequence.keys)
 
-    def _evicted(self, g: int, page: int) -> None:
-        del self._index[g][self._key[g].pop(page)]
+    def _place(self, reach: Reach[int], g: int, indices: Sequence[int], keys: Keys) -> None:
+        """Pages of these indices (ascending) are indexed now: say what they stand behind."""
+        own, groups, first = keys[g], len(self.groups), indices[0]
+        if len(self._chain) == 1 and self._dense[g] and indices[-1] - first < len(indices):  # nearly all pages
+            run = [key * groups + g for key in own[max(0, first - 1) : indices[-1] + 1]]
+            reach.add_run(run[1:] if first else run, run[0] if first else None)
+            return
+        for i in indices:
+            before = page_before(self._chain, g, (i + 1) * self.groups[g].page_tokens)
+            node = None if before is None else keys[before[0]][before[1]] * groups + before[0]
+            reach.add(own[i] * groups + g, node)
+
+    def _unindex(self, g: int, page: int) -> None:
+        """The pool has evicted `page`, or what it holds is given up."""
+        key = self._key[g].pop(page)
+        copies = self._copies[g].get(key)
+        if copies:
+            copy = self._index[g][key] = copies.pop()
+            self._key[g][copy] = key
+            if not copies:
+                del self._copies[g][key]
+            return
+        del self._index[g][key]
+        if self._reach is not None:
+            self._reach.remove(key * len(self.groups) + g)
+
+    def _remove_copies(self, sequence: _Sequence) -> None:
+        for g, copies in enumerate(self._copies):
+            if not copies:
+                continue
+            keys, key_of = sequence.keys[g], self._key[g]
+            for i, page in sequence.pages[g].items():
+                if page not in key_of and i < len(keys) and page in copies.get(keys[i], ()):
+                    copies[keys[i]].remove(page)
+                    if not copies[keys[i]]:
+                        del copies[keys[i]]
+
+    def _drop_unreachable(self, node: int) -> None:
+        key, g = divmod(node, len(self.groups))
+        page = self._index[g][key]
+        self.pool.forget(g, page)  # nobody holds it: what is before a page that is held stays indexed
+        self._unindex(g, page)
 
 
 def _cached_test(index: dict[int, int], keys: Sequence[int], coming: Container[int]) -> CachedTest:

@@ -52,12 +52,19 @@ class Reach(Generic[Node]):
 
     def add(self, node: Node, before: Node | None) -> None:
         """`node` is cached now, behind `before`.  One that is known already is no error."""
-        self._cut.discard(node)
-        if before is None or node in self._before:
-            return
-        self._before[node] = before
-        if self._next.setdefault(before, node) != node:
-            self._more.setdefault(before, set()).add(node)
+        self.add_run((node,), before)
+
+    def add_run(self, nodes: Sequence[Node], before: Node | None) -> None:
+        """`add` for each of `nodes`, the first behind `before` and each other behind the one before it."""
+        known, following = self._before, self._next
+        if self._cut:
+            self._cut.difference_update(nodes)
+        for node in nodes:
+            if before is not None and node not in known:
+                known[node] = before
+                if following.setdefault(before, node) != node:
+                    self._more.setdefault(before, set()).add(node)
+            before = node
 
     def remove(self, node: Node) -> None:
         """`node` is cached no more."""
@@ -79,9 +86,13 @@ class Reach(Generic[Node]):
         """
         while self._pending:
             node = self._pending.pop()
-            if node in self._cut:
-                for behind in list(self.behind(node)):
-                    drop(behind)
+            if node not in self._cut:
+                continue
+            if node not in self._more:  # nearly always
+                drop(self._next[node])
+                continue
+            for behind in list(self.behind(node)):
+                drop(behind)
 
     def behind(self, node: Node) -> Iterator[Node]:
         """Cached pages directly behind `node`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,6 +37,7 @@ MODELS = {
     "full": ([Group(FullAttention(), 4)], [3]),
     "window": ([Group(SlidingWindow(10), 4), Group(FullAttention(), 8)], [5, 2]),
     "state": ([Group(RecurrentState(), 8), Group(FullAttention(), 4)], [1, 6]),
+    "two full": ([Group(FullAttention(), 4), Group(FullAttention(), 8), Group(RecurrentState(), 8)], [4, 2, 1]),
     "all": ([Group(RecurrentState(), 4), Group(SlidingWindow(9), 4), Group(FullAttention(), 4)], [2, 3, 4]),
 }
 
@@ -53,8 +55,8 @@ def request(serial: int, shared: int, tokens: int, output: int, family: int = 0)
 class CacheMachine(RuleBasedStateMachine):
     """Random requests on a small pool."""
 
-    @initialize(model=st.sampled_from(sorted(MODELS)), pages=st.integers(8, 40))
-    def start(self, model: str, pages: int) -> None:
+    @initialize(model=st.sampled_from(sorted(MODELS)), pages=st.integers(8, 40), free=st.booleans())
+    def start(self, model: str, pages: int, free: bool) -> None:
         self.groups, ratios = MODELS[model]
         self.evicted: set[tuple[int, int]] = set()
 
@@ -65,9 +67,12 @@ class CacheMachine(RuleBasedStateMachine):
 
             return TwoLevelAllocator(pages, ratios, reserved=1, on_evict=record)
 
-        self.cache = PrefixCache(self.groups, pool)
+        self.cache = PrefixCache(self.groups, pool, free_unreachable=free)
         self.pool: TwoLevelAllocator = self.cache.pool  # type: ignore[assignment]
-        self.contents: dict[tuple[int, int], object] = {}
+        self.free = free
+        self.before: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (group, key): the same of all it stands behind
+        self.pool.forget = self.forget  # type: ignore[method-assign]
+        self.contents: dict[tuple[int, int], Any] = {}
         self.requests: dict[int, tuple[TraceRequest, list[list[int]], int]] = {}
         self.serial = 0
 
@@ -83,6 +88,28 @@ class CacheMachine(RuleBasedStateMachine):
                 for g, index, own in zip(self.groups, indexes, keys, strict=True)
             )
         )
+
+    def forget(self, group: int, page: int) -> None:
+        assert self.free
+        assert self.cut_off(group, self.contents[group, page]), "it could be reached"
+        TwoLevelAllocator.forget(self.pool, group, page)
+        assert self.pool.state(group, page) == PageState.FREE
+
+    def cut_off(self, group: int, key: int) -> list[tuple[int, int]]:
+        """Pages of full attention before this one that are not cached."""
+        indexes = self.cache.snapshot_index()
+        return [(g, k) for g, k in self.before[group, key] if k not in indexes[g]]
+
+    def learn(self, keys: list[list[int]]) -> None:
+        """What a hit needs of full attention up to the end of each page; at the same end earlier groups come first."""
+        sizes = [g.page_tokens for g in self.groups]
+        dense = [g for g, group in enumerate(self.groups) if isinstance(group.policy, FullAttention)]
+        for g, size in enumerate(sizes):
+            for i, key in enumerate(keys[g]):
+                mine = ((i + 1) * size, g if g in dense else len(sizes))
+                self.before[g, key] = [
+                    (h, k) for h in dense for j, k in enumerate(keys[h]) if ((j + 1) * sizes[h], h) < mine
+                ]
 
     def write(self, serial: int, before: int, tokens: int, indexed: tuple[set[int], ...]) -> None:
         """The step's kernels write; nobody else may depend on what they overwrite."""
@@ -122,6 +149,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.serial += 1
         trace = request(self.serial, shared, tokens, output, family)
         keys = [trace.keys(g.page_tokens) for g in self.groups]
+        self.learn(keys)
         match = self.cache.lookup(keys, tokens - 1)
         assert match.hit.tokens == self.brute_force_hit(keys, tokens - 1)
         for g, held in enumerate(match.pages):
@@ -204,6 +232,13 @@ class CacheMachine(RuleBasedStateMachine):
                 assert self.contents[g, page] == key
                 wanted = PageState.LIVE if page in holders else PageState.CACHED
                 assert self.pool.state(g, page) == wanted
+
+    @invariant()
+    def what_is_cached_can_be_reached(self) -> None:
+        if getattr(self, "free", False):
+            for g, index in enumerate(self.cache.snapshot_index()):
+                for key in index:
+                    assert not self.cut_off(g, key), f"group {g}: {key} is cached, what it stands behind is not"
 
     @invariant()
     def requests_have_what_they_need(self) -> None:

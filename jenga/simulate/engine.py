@@ -103,7 +103,7 @@ class Simulation:
         self._running: dict[int, _Request] = {}  # by serial, in order of admission
         self._prefilling: dict[int, _Request] = {}
         self._decoding = 0
-        self.cache = PrefixCache([p.group for p in plan.groups], plan.pool, plan.counts)
+        self.cache = PrefixCache([p.group for p in plan.groups], plan.pool, plan.counts, plan.free_unreachable)
         self._all_pages = self.cache.pool.available
 
         self._step = 0

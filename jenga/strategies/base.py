@@ -62,6 +62,8 @@ class Plan:
     """Layers of every group; several types where a strategy does not tell them apart."""
     shape: Shape
     explanation: str
+    free_unreachable: bool = False
+    """Whether cached pages that no hit can get to are freed at once (`jenga.reach`)."""
 
     @property
     def groups(self) -> tuple[GroupLayout, ...]:

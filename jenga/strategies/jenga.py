@@ -39,6 +39,8 @@ def plan(model: str, types: Sequence[LayerType], memory_bytes: int, workload: Wo
         contents=tuple(merged),
         shape=TwoLevel(units, layout.ratios, widths=layout.parts),
         explanation=_explain(whole, grouping),
+        # Pages of one group alone are as old as what stands behind them, or older: nothing is cut off.
+        free_unreachable=len(merged) > 1,
     )
 
 

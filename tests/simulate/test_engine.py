@@ -88,6 +88,19 @@ def test_states_are_kept_where_prompts_part() -> None:
     assert run(MODELS["state"], "jenga", trace[:2]).hit_tokens == 0
 
 
+def test_freeing_what_no_hit_can_reach_leaves_more_to_hit() -> None:
+    trace = list(agents(400, seed=3, concurrent=24))
+    types = MODELS["state"]
+    plan = plan_for("jenga", "model", types, 24 << 20, trace)
+    frees, keeps = (
+        Simulation(dataclasses.replace(plan, free_unreachable=free), types, trace, sampling=False)
+        for free in (True, False)
+    )
+    assert frees.run().hit_tokens > 1.1 * keeps.run().hit_tokens
+    forgotten = [sum(group[-1] for group in s.cache.pool.counters().evicted_by_cause) for s in (frees, keeps)]
+    assert forgotten[0] > 0 == forgotten[1]
+
+
 def test_preempted_requests_finish_and_their_repeated_work_is_counted() -> None:
     trace = [alone(100, 400, serial) for serial in range(40)]
     result = run([FULL], "jenga", trace, memory=FULL.layers * FULL.cell_bytes * 2000)

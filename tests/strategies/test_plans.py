@@ -142,6 +142,12 @@ def test_jenga_shares_tables_among_equal_rules() -> None:
     assert tables == {("mla", "indexer"), ("window", "draft window"), ("other window",)}
 
 
+def test_jenga_alone_frees_what_cannot_be_reached(plans: dict[str, Plan]) -> None:
+    jenga = plans["jenga"]
+    assert jenga.free_unreachable or jenga.layout.ratios == (1,), "with one page size tails are always the oldest"
+    assert not any(plan.free_unreachable for name, plan in plans.items() if name != "jenga")
+
+
 def test_plans_explain_themselves(plans: dict[str, Plan]) -> None:
     for plan in plans.values():
         assert "tokens" in plan.explanation or "bytes" in plan.explanation or "parts" in plan.explanation
