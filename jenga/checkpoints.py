@@ -28,8 +28,15 @@ ANSWER_CUE = 16
 
 PASS_TOKENS = 256
 """Tokens; a recurrent state can be kept only where a forward pass ends, and one more pass takes about as long as
-computing this many tokens (an H100 does 295 operations in the time it loads a byte of weights).  The default: where
-launching kernels takes most of a pass, a pass costs more."""
+computing this many tokens.  The default, and right where a pass is bound by reading the weights (an H100 does 295
+operations in the time it loads a byte of them)."""
+
+GPU_PASS_TOKENS = 2048
+"""The default on a GPU, where launching the kernels of a pass with prompt tokens takes longer than reading the weights:
+on an H100, 2,800 tokens could be computed meanwhile (docs/benchmarks.md)."""
+
+SHARED_TOKENS = 128
+"""Tokens; what several prompts share will be resumed many times: so much is worth a pass whatever that costs."""
 
 MAX_KNOWN_JUNCTIONS = 2
 """Junctions seen before at which one prompt keeps something: the longest ones."""
@@ -61,8 +68,8 @@ def boundaries(
     pauses: list[int] = []
     start = hit.tokens
     for length in lengths:
-        # What others share will be resumed more than once, the end of a prompt perhaps never.
-        if length - start >= (pass_tokens // 2 if length in shared else pass_tokens):
+        # The end of a prompt will perhaps never be resumed.
+        if length - start >= (min(pass_tokens // 2, SHARED_TOKENS) if length in shared else pass_tokens):
             pauses.append(length)
             start = length
     return Boundaries(lengths, tuple(pauses))

@@ -53,9 +53,10 @@ def test_a_pause_must_spare_what_it_costs() -> None:
     assert pauses(0, 258) == (256,)
     assert pauses(0, 224, 192) == (192,), "a turn that starts in the last block is no less worth it"
     assert pauses(480, 542, 480) == ()
-    assert pauses(0, 740, 480, pass_tokens=960) == (480,), "what others share is worth half a pass"
-    assert pauses(0, 740, 480, pass_tokens=961) == (480,)
-    assert pauses(0, 740, 480, pass_tokens=962) == ()
+    assert pauses(0, 740, 480, pass_tokens=4000) == (480,), "what others share is resumed many times"
+    assert pauses(0, 740, 96, pass_tokens=4000) == ()
+    assert pauses(0, 740, 96, pass_tokens=192) == (96, 736), "half a pass, where passes cost little"
+    assert pauses(0, 740, 64, pass_tokens=192) == (736,)
     assert pauses(0, 740, 480, pass_tokens=1) == (480, 736)
     assert pauses(0, 100, 32, 64, pass_tokens=1) == (32, 64, 96), "where a pass costs nothing, all are kept"
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.gpu import models, serve, throughput
 from benchmarks.gpu.workloads import Workload
+from jenga.checkpoints import PASS_TOKENS
 from jenga.hf_config import from_hf_config
 from jenga.layers import LayerType
 from jenga.simulate import Limits, Simulation, SimulationResult, StepCost
@@ -31,7 +32,13 @@ RATES = [1e13 * each for each in range(30, 99, 3)]
 LAUNCHES = [1e-3 * each for each in range(0, 81, 2)]
 """Least times of a step with prompt tokens to choose from."""
 BLOCK_TOKENS = 16
-STRATEGIES = {"jenga": "jenga", "stock": "vllm", "stock, no caching": "vllm", "hybrid manager off": "paged"}
+STRATEGIES = {
+    "jenga": "jenga",
+    f"jenga, pass_tokens {PASS_TOKENS}": "jenga",
+    "stock": "vllm",
+    "stock, no caching": "vllm",
+    "hybrid manager off": "paged",
+}
 FLOAT32_STATES = ("nemotron-h-8b", "kimi-linear-48b")
 """What vLLM keeps in float32 unless told otherwise; other models' states have the model's type."""
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jenga.checkpoints import PASS_TOKENS
+
 Run = dict[str, Any]
 COLUMNS: tuple[tuple[str, Callable[[Run], float | None], str], ...] = (
     ("tokens/s", lambda run: run["said_per_s"], ",.0f"),
@@ -17,7 +19,13 @@ COLUMNS: tuple[tuple[str, Callable[[Run], float | None], str], ...] = (
     ("hits, % of possible", lambda run: share(run["cached_tokens"], run["possible_tokens"]), ".0f"),
     ("preempted", lambda run: run["preemptions"], ".0f"),
 )
-COLOURS = {"jenga": "#2f7ed8", "stock": "#999999", "stock, no caching": "#c9c9c9", "hybrid manager off": "#e0a030"}
+COLOURS = {
+    "jenga": "#2f7ed8",
+    f"jenga, pass_tokens {PASS_TOKENS}": "#a5c8f0",
+    "stock": "#999999",
+    "stock, no caching": "#c9c9c9",
+    "hybrid manager off": "#e0a030",
+}
 
 
 def share(part: float, whole: float) -> float | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import models, processes, serve
+from jenga.checkpoints import PASS_TOKENS
 
 GIB = 1 << 30
 LIMIT_S = 420
@@ -26,6 +27,13 @@ WARMING = 6
 """Engines that fill torch.compile's cache at a time."""
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "jenga": ("1", {"enable_prefix_caching": True}),
+    f"jenga, pass_tokens {PASS_TOKENS}": (
+        "1",
+        {
+            "enable_prefix_caching": True,
+            "additional_config": {"jenga": {"checkpoints": {"pass_tokens": PASS_TOKENS}}},
+        },
+    ),
     "stock": ("0", {"enable_prefix_caching": True}),
     "stock, no caching": ("0", {"enable_prefix_caching": False}),
     "hybrid manager off": ("0", {"enable_prefix_caching": True, "disable_hybrid_kv_cache_manager": True}),
@@ -46,7 +54,7 @@ class Load:
     engine: dict[str, Any] = field(default_factory=dict)
 
 
-HYBRID = ("jenga", "stock", "stock, no caching")
+HYBRID = ("jenga", "stock", f"jenga, pass_tokens {PASS_TOKENS}", "stock, no caching")
 WINDOWS = ("jenga", "hybrid manager off", "stock")
 # Prefixes of 480 tokens, for a few clients and for many, and of 4,096 as agents with many tools have them.
 SHARING = (("agents", 160), ("agents", 320, 8, 480, 64), ("agents", 64, 8, 4096), ("conversations", 16))

@@ -6,8 +6,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
-from jenga.checkpoints import PASS_TOKENS
+from jenga.checkpoints import GPU_PASS_TOKENS, PASS_TOKENS
+
+
+def default_pass_tokens() -> int:
+    """What a forward pass is taken to cost on this machine, in tokens."""
+    return GPU_PASS_TOKENS if current_platform.is_cuda_alike() else PASS_TOKENS
 
 
 class Checkpoints(BaseModel):
@@ -18,7 +24,7 @@ class Checkpoints(BaseModel):
     turns: bool = Field(default=True, description="the start of the first and the last turn of a chat prompt")
     answers: bool = Field(default=True, description="the end of the answer, for the next turn of a conversation")
     pass_tokens: int = Field(
-        default=PASS_TOKENS,
+        default_factory=default_pass_tokens,
         ge=1,
         description="what one more forward pass costs, in tokens: a prefill pauses only where a state spares more",
     )
@@ -39,7 +45,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    checkpoints: Checkpoints = Checkpoints()
+    checkpoints: Checkpoints = Field(default_factory=Checkpoints)
     events: Events = Events()
 
 

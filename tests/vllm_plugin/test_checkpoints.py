@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from jenga.checkpoints import SharedPrefixes
+from jenga.checkpoints import GPU_PASS_TOKENS, PASS_TOKENS, SharedPrefixes
 from jenga.demo import make
 from jenga.hits import Hit
 from jenga.policies import FullAttention, RecurrentState
@@ -132,6 +132,15 @@ def test_bad_costs_of_a_pass(value: object) -> None:
     config: Any = SimpleNamespace(additional_config={"jenga": {"checkpoints": {"pass_tokens": value}}})
     with pytest.raises(ValueError, match=r"checkpoints\.pass_tokens = .*: Input should be .*a number of tokens, 1 or"):
         settings.read(config)
+
+
+def test_a_pass_costs_more_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config: Any = SimpleNamespace(additional_config={"jenga": {"checkpoints": {"turns": False}}})
+    assert settings.read(config).checkpoints.pass_tokens == PASS_TOKENS
+    monkeypatch.setattr(settings.current_platform, "is_cuda_alike", lambda: True)
+    for chosen in ({}, config.additional_config):
+        config.additional_config = chosen
+        assert settings.read(config).checkpoints.pass_tokens == GPU_PASS_TOKENS
 
 
 ALIGNMENT, MARK = 16, 9
