@@ -19,6 +19,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jenga.hits import Hit
+from jenga.policies import LayerPolicy
 
 TURN_GAP = 8
 """Tokens; special tokens this close together mark one turn (an end, a start, and the role's name between them)."""
@@ -73,6 +74,25 @@ def boundaries(
             pauses.append(length)
             start = length
     return Boundaries(lengths, tuple(pauses))
+
+
+def kept_pages(policy: LayerPolicy, page_tokens: int, kept: Boundaries, tokens: int, after: int) -> list[range]:
+    """Pages, as indices in the sequence, that a prompt of `tokens` tokens leaves for others in one layer group.
+
+    `after` tokens are stored already: the prompt resumes behind them.  Each page is named once, from the longest
+    length down.
+    """
+    # A state is kept only where computing pauses; pages of tokens are there in any case while the request runs.
+    lengths = (*kept.lengths, tokens) if policy.token_pages else kept.pauses
+    found = []
+    first, before = after // page_tokens, tokens // page_tokens
+    for length in sorted(lengths, reverse=True):
+        needed = policy.pages_of_hit(length // page_tokens, page_tokens)
+        start, stop = max(first, needed.start), min(before, needed.stop)
+        if start < stop:
+            found.append(range(start, stop))
+            before = start
+    return found
 
 
 def turn_starts(tokens: Sequence[int], markers: Collection[int], after: int) -> tuple[int, ...]:

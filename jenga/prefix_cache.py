@@ -20,7 +20,7 @@ from math import lcm
 from typing import Protocol
 
 from jenga.allocator import EvictCallback, OutOfPagesError, Usage
-from jenga.checkpoints import boundaries
+from jenga.checkpoints import PASS_TOKENS, Boundaries, boundaries, kept_pages
 from jenga.hits import GroupCache, Hit, longest_common_hit
 from jenga.layers import Counts
 from jenga.metrics import LiveUse
@@ -124,7 +124,7 @@ class PrefixCache:
     `counts` says which tokens each stores something for (text, if left out).  Images are taken to be nobody
     else's and to come first, so a request with images finds nothing in the cache and leaves nothing there.
     `free_unreachable`: a cached page is freed as soon as no hit can get to it (`jenga.reach`), instead of waiting for
-    its turn to be evicted.
+    its turn to be evicted.  `pass_tokens`: what one more forward pass costs, in tokens (`jenga.checkpoints`).
     """
 
     def __init__(
@@ -133,12 +133,14 @@ class PrefixCache:
         pool: Callable[[EvictCallback], PagePool],
         counts: Sequence[Counts] | None = None,
         free_unreachable: bool = False,
+        pass_tokens: int = PASS_TOKENS,
     ) -> None:
         self.groups = tuple(groups)
         self.counts = tuple(counts or [Counts.TEXT] * len(self.groups))
         self._text = [g for g, kind in enumerate(self.counts) if kind is not Counts.IMAGES]
         self.alignment = lcm(*(self.groups[g].page_tokens for g in self._text))
         """Granularity of hits, in tokens."""
+        self._pass_tokens = pass_tokens
         self.pool = pool(self._unindex)
         self._sequences: dict[Hashable, _Sequence] = {}
         self._index: list[dict[int, int]] = [{} for _ in groups]
@@ -236,19 +238,11 @@ class PrefixCache:
 
     def leaves(self, keys: Keys, hit: Hit, prompt_tokens: int) -> list[list[int]]:
         """By group, the keys of the pages that a prompt leaves for others where it resumes behind `hit`."""
-        left = boundaries(hit, prompt_tokens, self.alignment)
-        found: list[list[int]] = []
-        for g, group in enumerate(self.groups):
-            size, own = group.page_tokens, keys[g]
-            if not self.shared[g]:
-                found.append([])
-            elif self._dense[g]:
-                found.append(list(own[: prompt_tokens // size]))
-            else:
-                lengths = left.lengths if group.policy.token_pages else left.pauses
-                kept = {i for length in lengths for i in group.policy.pages_of_hit(length // size, size)}
-                found.append([own[i] for i in kept])
-        return found
+        kept = boundaries(hit, prompt_tokens, self.alignment, pass_tokens=self._pass_tokens)
+        return [
+            [keys[g][i] for pages in self._kept(g, kept, prompt_tokens, hit.tokens) for i in pages]
+            for g in range(len(self.groups))
+        ]
 
     def no_match(self) -> Match:
         """The match of a request that finds nothing."""
@@ -357,12 +351,27 @@ class PrefixCache:
                     self.pool.revive(g, page)
                 refs[page] = count + 1
         if not image_tokens:
-            kept = boundaries(match.hit, prompt_tokens, self.alignment)
+            kept = boundaries(match.hit, prompt_tokens, self.alignment, pass_tokens=self._pass_tokens)
             sequence.boundaries, sequence.pauses = kept.lengths, kept.pauses
-        for group in self.groups:
-            size = group.page_tokens
-            sequence.keep.append([group.policy.pages_of_hit(b // size, size) for b in sequence.boundaries])
+            sequence.keep = [self._kept(g, kept, prompt_tokens, start) for g in range(len(self.groups))]
         self._sequences[request] = sequence
+
+    def refresh(self, keys: Keys, limit_tokens: int) -> None:
+        """A request with these keys waits: what it will find counts as used now, and is evicted after all else.
+
+        `limit_tokens` is the most that it may find.
+        """
+        idle = [
+            (-(i + 1) * self.groups[g].page_tokens, g, page)
+            for g, pages in enumerate(self.lookup(keys, limit_tokens).pages)
+            for i, page in pages.items()
+            if page not in self._refs[g]
+        ]
+        for _, g, page in idle:
+            self.pool.revive(g, page)
+        for _, g, page in sorted(idle):  # the tail first, as in `release`
+            self.pool.tick()
+            self.pool.release(g, page, True)
 
     def grow(self, request: Hashable, tokens: int) -> None:
         """Compute `request` up to a length of `tokens` tokens: add the pages for that and index what is complete.
@@ -461,6 +470,11 @@ class PrefixCache:
     def _resident(self, g: int, tokens: int) -> int:
         group = self.groups[g]
         return group.policy.resident_from(tokens, group.page_tokens)
+
+    def _kept(self, g: int, kept: Boundaries, prompt_tokens: int, after: int) -> list[range]:
+        """Pages of group `g` that a prompt leaves for others."""
+        group = self.groups[g]
+        return kept_pages(group.policy, group.page_tokens, kept, prompt_tokens, after) if self.shared[g] else []
 
     def _end(self, g: int, tokens: int, image_tokens: int) -> int:
         """Pages of a sequence that attention group `g` stores anything for, dropped ones included."""

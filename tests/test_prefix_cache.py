@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jenga import checkpoints
 from jenga.allocator import EvictCallback, OutOfPagesError, PageState, TwoLevelAllocator
 from jenga.policies import FullAttention, LayerPolicy, RecurrentState, SlidingWindow
 from jenga.prefix_cache import PrefixCache, RequestError, UnknownRequestError
 from jenga.traces import TraceRequest
 
-
-@pytest.fixture(autouse=True, scope="module")
-def cheap_passes() -> Iterator[None]:
-    """Prompts of these tests are short: let a pass cost as little as 2 tokens, or none would pause for a state."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "PASS_TOKENS", 2)
-        yield
+PASS = 2
+"""Tokens; prompts of these tests are short: if a pass cost what it does, none would pause for a state."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class CacheMachine(RuleBasedStateMachine):
 
             return TwoLevelAllocator(pages, ratios, reserved=1, on_evict=record)
 
-        self.cache = PrefixCache(self.groups, pool, free_unreachable=free)
+        self.cache = PrefixCache(self.groups, pool, free_unreachable=free, pass_tokens=PASS)
         self.pool: TwoLevelAllocator = self.cache.pool  # type: ignore[assignment]
         self.free = free
         self.before: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (group, key): the same of all it stands behind
@@ -170,6 +163,22 @@ class CacheMachine(RuleBasedStateMachine):
                 del self.requests[self.serial]
                 return
 
+    @rule(shared=st.integers(0, 20), tokens=st.integers(1, 70), family=st.integers(0, 1))
+    def wait(self, shared: int, tokens: int, family: int) -> None:
+        """What a waiting request will find is the last to be evicted."""
+        self.serial += 1
+        trace = request(self.serial, shared, tokens, 0, family)
+        keys = [trace.keys(g.page_tokens) for g in self.groups]
+        found = self.cache.lookup(keys, tokens - 1)
+        usage, indexes = self.pool.usage(), self.cache.snapshot_index()
+        self.cache.refresh(keys, tokens - 1)
+        assert (self.pool.usage(), self.cache.snapshot_index()) == (usage, indexes)
+        for g, pages in enumerate(found.pages):
+            for page in pages.values():
+                cached = self.pool.released(page // self.pool.ratios[g])
+                others = {p for p in cached if p not in pages.values()}
+                assert page not in cached or all(cached[p] < cached[page] for p in others)
+
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), count=st.integers(1, 9))
     def decode(self, data: st.DataObject, count: int) -> None:
@@ -270,7 +279,9 @@ def test_a_checkpoint_gives_way_to_the_request_that_made_it() -> None:
     """With room for one state only, the state moves on; with room for two, one stays for the next request."""
     groups, _ = MODELS["state"]
     for large_pages, hit in ((4, 0), (5, 24)):
-        cache = PrefixCache(groups, lambda evicted, n=large_pages: TwoLevelAllocator(n, [1, 6], on_evict=evicted))
+        cache = PrefixCache(
+            groups, lambda evicted, n=large_pages: TwoLevelAllocator(n, [1, 6], on_evict=evicted), pass_tokens=PASS
+        )
         trace = request(1, 0, 30, 0)
         keys = [trace.keys(g.page_tokens) for g in groups]
         match = cache.lookup(keys, 29)
@@ -298,8 +309,7 @@ def test_what_stays_of_a_window_fills_slots_beside_others() -> None:
     assert allocator.usage().groups[0].stranded == 0
 
 
-def test_computing_pauses_for_a_state_only_where_that_spares_more_than_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "PASS_TOKENS", 256)
+def test_computing_pauses_for_a_state_only_where_that_spares_more_than_a_pass() -> None:
     groups = [Group(RecurrentState(), 16), Group(FullAttention(), 16)]
     cache = PrefixCache(groups, lambda evicted: TwoLevelAllocator(400, [1, 6], on_evict=evicted))
     for serial, (tokens, stop) in enumerate(((250, 250), (300, 288))):
@@ -307,3 +317,27 @@ def test_computing_pauses_for_a_state_only_where_that_spares_more_than_a_pass(mo
         keys = [trace.keys(g.page_tokens) for g in groups]
         cache.admit(serial, keys, cache.lookup(keys, tokens - 1), tokens)
         assert cache.next_stop(serial, tokens) == stop
+
+
+PROMPTS = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 70), st.integers(0, 1)), min_size=1, max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(model=st.sampled_from(sorted(MODELS)), prompts=PROMPTS)
+def test_a_prompt_leaves_what_was_foretold(model: str, prompts: list[tuple[int, int, int]]) -> None:
+    groups, ratios = MODELS[model]
+    cache = PrefixCache(groups, lambda evicted: TwoLevelAllocator(2000, ratios, on_evict=evicted), pass_tokens=PASS)
+    for serial, (shared, tokens, family) in enumerate(prompts):
+        trace = request(serial, shared, tokens, 0, family)
+        keys = [trace.keys(g.page_tokens) for g in groups]
+        match = cache.lookup(keys, tokens - 1)
+        foretold = cache.leaves(keys, match.hit, tokens)
+        assert all(len(set(left)) == len(left) for left in foretold)
+        before = cache.snapshot_index()
+        cache.admit(serial, keys, match, tokens)
+        while (done := cache.computed(serial)) < tokens:
+            cache.grow(serial, cache.next_stop(serial, min(tokens, done + 64)))
+            cache.end_step()
+        for left, old, new in zip(foretold, before, cache.snapshot_index(), strict=True):
+            assert new.keys() - old.keys() == set(left) - old.keys()
+        cache.release(serial)

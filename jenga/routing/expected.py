@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from jenga.checkpoints import SharedPrefixes, boundaries, turn_starts
+from jenga.checkpoints import SharedPrefixes, boundaries, kept_pages, turn_starts
 from jenga.hits import Hit
 from jenga.routing.rule import HitRule
 
@@ -27,18 +27,10 @@ def stored_by(
     kept = boundaries(hit, len(tokens), rule.alignment, hints, rule.pass_tokens)
     found = []
     for group in rule.groups:
-        size, policy = group.page_tokens, group.policy
-        # A state is kept only where computing pauses; pages of tokens are there in any case while the request runs.
-        lengths = (*kept.lengths, len(tokens)) if policy.token_pages else kept.pauses
-        scale = size // rule.hash_tokens
+        scale = group.page_tokens // rule.hash_tokens
         mine: list[int] = []
-        # From the longest length down, each page once; what lies before the hit is stored already.
-        after, before = hit.tokens // size, len(keys) // scale
-        for length in sorted(lengths, reverse=True):
-            needed = policy.pages_of_hit(length // size, size)
-            start, stop = max(after, needed.start), min(before, needed.stop)
-            mine += keys[(start + 1) * scale - 1 : stop * scale : scale]
-            before = min(before, needed.start)
+        for pages in kept_pages(group.policy, group.page_tokens, kept, len(tokens), hit.tokens):
+            mine += keys[(pages.start + 1) * scale - 1 : pages.stop * scale : scale]
         found.append(mine)
     return found
 

@@ -19,6 +19,7 @@ from math import inf
 from typing import Protocol
 
 from jenga.allocator import OutOfPagesError
+from jenga.checkpoints import PASS_TOKENS
 from jenga.layers import LayerType
 from jenga.prefix_cache import Keys, PrefixCache
 from jenga.simulate.cost import StepCost
@@ -54,6 +55,8 @@ class Limits:
     growth_pages: int = 0
     """Pages, per running request and group, that an admission must leave for running requests to grow into.  None in
     vLLM, whose blocks of hundreds of tokens on hybrid models come with such a reserve by accident."""
+    pass_tokens: int = PASS_TOKENS
+    """What one more forward pass costs, in tokens: computing pauses for a state only where that spares more."""
 
 
 class _Request:
@@ -103,7 +106,13 @@ class Simulation:
         self._running: dict[int, _Request] = {}  # by serial, in order of admission
         self._prefilling: dict[int, _Request] = {}
         self._decoding = 0
-        self.cache = PrefixCache([p.group for p in plan.groups], plan.pool, plan.counts, plan.free_unreachable)
+        self.cache = PrefixCache(
+            [place.group for place in plan.groups],
+            plan.pool,
+            plan.counts,
+            free_unreachable=plan.free_unreachable,
+            pass_tokens=self._limits.pass_tokens,
+        )
         self._all_pages = self.cache.pool.available
 
         self._step = 0
@@ -146,6 +155,10 @@ class Simulation:
             self._now = max(self._now, trace.arrival_s)
         request = _Request(trace)
         request.keys = keys
+        # Before the first step nothing can be found, and keys of many that wait from the start take memory.
+        if self._plan.refresh_waiting and self._step and self._cacheable(trace):
+            request.keys = keys or self.keys(trace)
+            self.cache.refresh(request.keys, trace.prompt_tokens - 1)
         self._total += 1
         self._waiting.append(request)
 
@@ -154,6 +167,9 @@ class Simulation:
         sizes = [g.page_tokens if shared else 0 for g, shared in zip(self.cache.groups, self.cache.shared, strict=True)]
         by_size = {size: trace.keys(size) if size else [] for size in sizes}
         return [by_size[size] for size in sizes]
+
+    def _cacheable(self, trace: TraceRequest) -> bool:
+        return self._limits.prefix_caching and not trace.image_tokens
 
     @property
     def queue(self) -> int:
@@ -256,8 +272,7 @@ class Simulation:
                 return None
         if not request.keys:
             request.keys = self.keys(trace)
-        cacheable = self._limits.prefix_caching and not trace.image_tokens
-        match = cache.lookup(request.keys, request.target - 1) if cacheable else cache.no_match()
+        match = cache.lookup(request.keys, request.target - 1) if self._cacheable(trace) else cache.no_match()
         growth = self._limits.growth_pages * len(self._running)
         if not cache.fits(match, request.target, self._limits.batched_tokens, trace.image_tokens, growth):
             if not self._running:

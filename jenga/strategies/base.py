@@ -64,6 +64,8 @@ class Plan:
     explanation: str
     free_unreachable: bool = False
     """Whether cached pages that no hit can get to are freed at once (`jenga.reach`)."""
+    refresh_waiting: bool = False
+    """Whether what a request will find counts as used when it arrives, so that it is still there at its turn."""
 
     @property
     def groups(self) -> tuple[GroupLayout, ...]:
