@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def plot(rows: Sequence[Run], path: Path) -> None:
                     axis.bar(at, middle, width, yerr=spread, color=COLOURS[who], label=who, capsize=2)
             axis.set_title(title, fontsize=10, loc="left")
             axis.set_yscale("log")
-            axis.set_xticks(range(len(here)), [each.replace(" ", "\n", 1) for each in here], fontsize=8)
+            axis.set_xticks(range(len(here)), [textwrap.fill(each, 13) for each in here], fontsize=7)
             named = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
             axis.legend(named.values(), named.keys(), fontsize=7)
     figure.tight_layout()
