@@ -12,7 +12,7 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 from deployments import tensor_parallel
 from deployments.autoscaling import KvMemoryPolicy
 from deployments.cache_router import CacheAwareRouter
-from deployments.config import Autoscaling, ConfigError, KvMemory, OngoingRequests, Serving, parse_serving
+from deployments.config import ENGINES, Autoscaling, ConfigError, KvMemory, OngoingRequests, Serving, parse_serving
 from deployments.engine import JengaServer
 from deployments.events import ENGINE_CONFIG
 from deployments.ingress import ENDPOINTS, Ingress, build_fastapi
@@ -197,7 +197,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         },
     )
     return deployment.bind(
-        llm_deployments={config.model.id: build_llm_deployment(ray_config, name_prefix="Engine:")},
+        llm_deployments={config.model.id: build_llm_deployment(ray_config, name_prefix=ENGINES)},
         model_cards={config.model.id: to_model_metadata(config.model.id, ray_config)},
         tokenise={config.model.id: ray_config} if cache_aware(config) or config.limits.prompt_tokens else {},
         tell_tokens=cache_aware(config),

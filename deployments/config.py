@@ -29,6 +29,9 @@ from pydantic_core import PydanticCustomError
 
 IMPORT_PATH = "deployments.app:build"
 
+ENGINES = "Engine:"
+"""What the names of deployments of engines begin with."""
+
 
 class ConfigError(Exception):
     """A configuration that cannot be used; the message is for the person who wrote it."""
@@ -395,8 +398,22 @@ class ServeFile(Section):
         return self.applications[0]
 
     def to_ray(self) -> dict[str, Any]:
-        """The same file as plain data for Ray Serve; `args` keep their form, so `build` reads them again."""
-        return self.model_dump(mode="json", exclude_none=True)
+        """The same file as plain data for Ray Serve; `args` keep their form, so `build` reads them again.
+
+        A fixed number of replicas goes beside `args`: for any change of those Serve replaces every replica.
+        """
+        plain = self.model_dump(mode="json", exclude_none=True)
+        args = self.application.args
+        if not isinstance(args.replicas, Autoscaling):
+            (application,) = plain["applications"]
+            del application["args"]["replicas"]
+            application["deployments"] = [{"name": engine_deployment(args.model.id), "num_replicas": args.replicas}]
+        return plain
+
+
+def engine_deployment(model_id: str) -> str:
+    """Name of the deployment of a model's engines, as Ray Serve LLM makes it."""
+    return ENGINES + model_id.replace("/", "--").replace(".", "_")
 
 
 def vllm_argument_names() -> list[str]:

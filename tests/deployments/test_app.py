@@ -12,7 +12,7 @@ from ray.serve.llm.deployment import LLMServer
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from deployments.app import build, engine_kwargs, environment, llm_config
-from deployments.config import ConfigError, Serving, parse_serving
+from deployments.config import ConfigError, Serving, engine_deployment, parse_serving
 from deployments.engine import JengaServer
 from deployments.fairness import TellsTurns
 from deployments.ingress import build_fastapi, refusal
@@ -89,6 +89,14 @@ def test_a_replica_that_is_to_stop_may_end_its_longest_answer(tmp_path: Path) ->
     args = {"model": {"id": "m", "path": str(tmp_path)}, "limits": {"request_s": 900}, "router": router}
     assert llm_config(parse_serving(args), tmp_path).deployment_config["graceful_shutdown_timeout_s"] > 900
     assert build(args)._bound_deployment._deployment_config.graceful_shutdown_timeout_s > 900
+
+
+def test_engines_have_the_name_by_which_their_number_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    args = {"model": {"id": "org/model-1.5", "path": str(tmp_path)}, "router": {"policy": "least-loaded"}}
+    engines = build(args)._bound_deployment.init_kwargs["llm_deployments"]["org/model-1.5"]
+    assert engines._bound_deployment.name == engine_deployment("org/model-1.5")
+    assert engines._bound_deployment._deployment_config.num_replicas == 1, "until told otherwise"
 
 
 def test_each_ingress_has_turns_of_its_own(tmp_path: Path) -> None:

@@ -32,8 +32,23 @@ def serving_files() -> list[Path]:
 @pytest.mark.parametrize("path", serving_files(), ids=lambda path: path.name)
 def test_shipped_files_are_valid_and_survive_the_way_through_ray(path: Path) -> None:
     config = load(path)
-    again = parse_serving(config.to_ray()["applications"][0]["args"])
-    assert again == config.application.args
+    application = config.to_ray()["applications"][0]
+    for told in application.get("deployments", ()):
+        application["args"]["replicas"] = told["num_replicas"]
+    assert parse_serving(application["args"]) == config.application.args
+
+
+def test_a_number_of_replicas_is_not_among_the_arguments_for_which_all_are_replaced(tmp_path: Path) -> None:
+    plain = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
+    args = plain["applications"][0]["args"]
+    args["model"]["id"] = "org/model-1.5"
+    two, three = (load(write(tmp_path, put(plain, "applications.0.args.replicas", n))).to_ray() for n in (2, 3))
+    counts = [made["applications"][0].pop("deployments") for made in (two, three)]
+    assert two == three
+    assert counts == [[{"name": "Engine:org--model-1_5", "num_replicas": n}] for n in (2, 3)]
+    scaled = load(write(tmp_path, put(plain, "applications.0.args.replicas", {"min": 1, "max": 3}))).to_ray()
+    assert scaled["applications"][0]["args"]["replicas"]["max"] == 3
+    assert "deployments" not in scaled["applications"][0]
 
 
 def test_demo_names_two_replicas_of_64_mib() -> None:

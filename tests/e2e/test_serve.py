@@ -23,6 +23,8 @@ import psutil
 import pytest
 import yaml
 
+from deployments.config import engine_deployment, load
+from deployments.local.api import ServeApi
 from deployments.local.ports import free_ports
 from deployments.local.record import Record, read
 from jenga.allocator import RESERVED, PageState
@@ -645,6 +647,27 @@ def test_a_port_in_use_is_refused_before_anything_starts(served: Running, tmp_pa
     assert f"port {served.ports[0]} (REST) is in use" in other.stderr
     assert "--port" in other.stderr
     assert read(tmp_path / "run") is None
+
+
+def test_fewer_replicas_are_the_ones_there_were(served: Running) -> None:
+    """A file with another number of replicas, handed to Serve as `jenga up --no-restart` does, starts nothing anew."""
+
+    def replicas() -> dict[str, str]:
+        shown = json.loads(jenga(served.state, "status", "--json").stdout)
+        return {each["id"]: each["deployment"] for each in shown["replicas"] if each["state"] == "RUNNING"}
+
+    before = replicas()
+    config = load(served.config)
+    args = config.application.args.model_copy(update={"replicas": 1})
+    fewer = config.model_copy(update={"applications": [config.application.model_copy(update={"args": args})]})
+    ServeApi(served.record.dashboard_url).deploy(fewer.to_ray())
+    end = time.monotonic() + 120
+    while list(replicas().values()).count(engine_deployment(MODEL)) > 1:
+        assert time.monotonic() < end, replicas()
+        time.sleep(1)
+    assert replicas().items() <= before.items()
+    assert "Ingress" in replicas().values()
+    assert answer(served, prompt="still there").status_code == 200
 
 
 def test_stop_leaves_no_process_no_port_and_no_file(served: Running) -> None:
