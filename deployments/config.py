@@ -382,6 +382,28 @@ class Application(Section):
     runtime_env: dict[str, Any] | None = None
     args: Serving
 
+    @model_validator(mode="before")
+    @classmethod
+    def _number_beside_the_arguments(cls, data: Any) -> Any:
+        """`deployments` with the number of engines, where Ray's own programs want it, is `args.replicas`."""
+        told = data.get("deployments") if isinstance(data, Mapping) else None
+        args = data.get("args") if isinstance(data, Mapping) else None
+        if told is None or not isinstance(args, Mapping):
+            return data
+        model = args.get("model")
+        name = engine_deployment(str(model.get("id") if isinstance(model, Mapping) else None))
+        if "replicas" in args:
+            raise PydanticCustomError("two_numbers", "give `args.replicas` or `deployments`, not both")
+        match told:
+            case [{"name": given, "num_replicas": int(number), **others}] if given == name and not others:
+                rest = {key: value for key, value in data.items() if key != "deployments"}
+                return rest | {"args": {**args, "replicas": number}}
+        raise PydanticCustomError(
+            "other_deployments",
+            "`deployments` may only be [{example}]; everything else is set in `args`",
+            {"example": f'{{name: "{name}", num_replicas: N}}'},
+        )
+
 
 class ServeFile(Section):
     """The whole file."""

@@ -50,6 +50,20 @@ def test_a_number_of_replicas_is_not_among_the_arguments_for_which_all_are_repla
     assert scaled["applications"][0]["args"]["replicas"]["max"] == 3
     assert "deployments" not in scaled["applications"][0]
 
+    # The same file with Ray's own key, for Ray's own programs.
+    beside = put(plain, "applications.0.deployments", [{"name": "Engine:org--model-1_5", "num_replicas": 3}])
+    del beside["applications"][0]["args"]["replicas"]
+    assert load(write(tmp_path, beside)).to_ray()["applications"][0]["deployments"] == counts[1]
+    wrong: list[tuple[str, Any, str]] = [
+        ("args.replicas", 2, r"applications\[0\]: give `args\.replicas` or `deployments`, not both"),
+        ("deployments", [{"name": "Engine:m", "num_replicas": 3}], 'only be.*name: "Engine:org--model-1_5"'),
+        ("deployments", [{"name": "Engine:org--model-1_5", "max_ongoing_requests": 3}], "set in `args`"),
+        ("deployments", "3", "set in `args`"),
+    ]
+    for where, value, said in wrong:
+        with pytest.raises(ConfigError, match=said):
+            load(write(tmp_path, put(beside, f"applications.0.{where}", value)))
+
 
 def test_demo_names_two_replicas_of_64_mib() -> None:
     args = load(CONFIGS / "demo.yaml").application.args
