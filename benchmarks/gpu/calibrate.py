@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.gpu import models, serve, throughput
 from benchmarks.gpu.workloads import Workload
-from jenga.checkpoints import PASS_TOKENS
+from jenga.checkpoints import GPU_PASS_TOKENS, PASS_TOKENS
 from jenga.hf_config import from_hf_config
 from jenga.layers import LayerType
 from jenga.simulate import Limits, Simulation, SimulationResult, StepCost
@@ -241,6 +241,7 @@ def compared(
         batched_tokens=throughput.BATCHED,
         sequences=load.running,
         prefix_caching=bool(throughput.CONTENDERS[who][1]["enable_prefix_caching"]),
+        pass_tokens=GPU_PASS_TOKENS if who == "jenga" else PASS_TOKENS,
     )
     result = served(workload, plan, types, cost, limits)
     measured = statistics.median(run["said_per_s"] for run in runs)
