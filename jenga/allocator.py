@@ -13,7 +13,9 @@ Where a small page comes from, in this order:
 1. requests for at least ``ratio`` pages at once take whole free large pages: these are filled by one request and
    come back whole when it ends.  Everything smaller shares (measured on vLLM: at 130 small pages per
    large one, private large pages cost as much as stock's inflated blocks);
-2. a free slot of a partly live large page, the fullest first, so that emptier ones drain and come free;
+2. a free slot of a partly live large page, the fullest first, so that emptier ones drain and come free.  While at most
+   one large page in `SCARCE` is available, requests wait for memory, which counts for more than what is cached: then
+   the oldest cached page of a partly live large page that is fuller still;
 3. while at most one large page in `SCARCE` is free, or too few for the group: the oldest cached page of the fullest
    partly live large page.  No other group can use it, and every group can use a large page.  (Taking large pages first
    lets cached pages spread over ever more large pages, none of which drains: simulated, a fifth of Jamba's buffer);
@@ -694,6 +696,9 @@ class TwoLevelAllocator:
         """
         partly_live = g.mask & ~1
         if partly_live:
+            fuller = g.mixed_mask.bit_length() > partly_live.bit_length()
+            if fuller and self.available * SCARCE <= self.large_pages:
+                return self._reuse_cached(index, g, next(iter(g.mixed[g.mixed_mask.bit_length() - 1])), count)
             fullest = g.partial[partly_live.bit_length() - 1]
             return self._take_slots(g, next(iter(fullest)), count)
         spare, free = self._spare(index), len(self._free)
@@ -702,6 +707,8 @@ class TwoLevelAllocator:
             return self._reuse_cached(index, g, fullest_mixed, count)
         assert spare >= g.width, "allocate has counted the open slots"
         if free >= g.width:
+            if g.mixed_mask and (self.available - g.width) * SCARCE <= self.large_pages:
+                count = 1  # this makes large pages so few that step 2 has another answer
             return self._take_slots(g, self._carve(index, g), count)
         if g.mask:  # a free slot in an evictable page of the group: nothing need be evicted
             return self._take_slots(g, next(iter(g.partial[0])), count)

@@ -161,13 +161,17 @@ class Model:
         large = s // ratio
         with_slot = [n for n in self.owned(g) if len(self.inside(g, n)) < ratio]
         live = {n: list(self.inside(g, n).values()).count(LIVE) for n in with_slot}
-        if any(live.values()):
+        mixed = self.mixed(g)
+        most = max(mixed.values(), default=0)
+        if most > max(live.values(), default=0) > 0 and self.available() * SCARCE <= self.large_pages:
+            assert mixed.get(large) == most, "step 2: not the fullest with something cached"
+            self.evict(g, self.first_cached(g, large), events)
+        elif any(live.values()):
             assert live.get(large) == max(live.values()), "step 2: not a slot of the fullest"
-        elif self.mixed(g) and (
+        elif mixed and (
             len(self.free_large()) * SCARCE <= self.large_pages or min(len(self.free_large()), self.spare(g)) < width
         ):
-            mixed = self.mixed(g)
-            assert mixed.get(large) == max(mixed.values()), "step 3: not the fullest with something cached"
+            assert mixed.get(large) == most, "step 3: not the fullest with something cached"
             self.evict(g, self.first_cached(g, large), events)
         elif len(self.free_large()) >= width:
             self.own(g, large, parts, step=4)
@@ -712,6 +716,21 @@ def test_step_2_the_fullest_partly_live_large_page(pool):
     for page in (pages[0], pages[1], pages[4]):
         pool.release(0, page, keep=False)
     assert [pool.allocate(0, 1)[0] // 4 for _ in range(3)] == [2, 1, 1]  # 3 live beside 2, then those
+
+
+def test_step_2_a_fuller_large_page_gives_up_cached_pages_while_requests_wait(pool, evicted):
+    first, second, others = pool.allocate(0, 4), pool.allocate(0, 4), pool.allocate(1, 6)
+    for page in first[:2]:
+        pool.release(0, page, keep=False)
+    cache(pool, 0, second[:1])
+    assert pool.available == 0
+    assert pool.allocate(0, 2) == [second[0], first[1]]
+    assert evicted == [(0, second[0])]
+    pool.release(1, others[4], keep=False)
+    pool.release(1, others[5], keep=False)
+    cache(pool, 0, second[1:2])
+    assert pool.available == 1
+    assert pool.allocate(0, 1) == [first[0]], "nobody waits: what is cached stays"
 
 
 def test_step_4_a_free_large_page_before_anything_cached(pool, evicted):
