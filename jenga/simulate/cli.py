@@ -12,6 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from jenga.checkpoints import PASS_TOKENS
+
 if TYPE_CHECKING:
     from jenga.simulate import ClusterResult, HitBound, SimulationResult, StepCost
     from jenga.traces import TraceRequest
@@ -47,6 +49,9 @@ def simulate(
     ] = None,
     max_sequences: Annotated[int, typer.Option(min=1, help="Most requests that run at once.")] = 1024,
     batched_tokens: Annotated[int, typer.Option(min=1, help="Most tokens computed in a step.")] = 8192,
+    pass_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens for whose sake a prefill pauses to keep a recurrent state.")
+    ] = PASS_TOKENS,
     step_cost: Annotated[
         Path | None, typer.Option(help="JSON file with constants of the step-cost model.", metavar="FILE")
     ] = None,
@@ -77,7 +82,7 @@ def simulate(
     try:
         done = _run(
             model, memory, trace, strategy, rate, requests, tp, kv_dtype, state_dtype, max_sequences, batched_tokens,
-            step_cost, seed, replicas, router,
+            pass_tokens, step_cost, seed, replicas, router,
         )  # fmt: skip
     except (ModelError, PlanError, TraceError, typer.BadParameter) as error:
         _fail(str(error))
@@ -121,6 +126,7 @@ def _run(
     state_dtype: str | None,
     max_sequences: int,
     batched_tokens: int,
+    pass_tokens: int,
     step_cost: Path | None,
     seed: int,
     replicas: int | None,
@@ -146,7 +152,7 @@ def _run(
     names = list(STRATEGIES) if strategy == "all" else [name.strip() for name in strategy.split(",") if name.strip()]
     if not names:
         raise typer.BadParameter(f"--strategy {strategy!r} names none; known: {', '.join(STRATEGIES)}, all")
-    limits = Limits(batched_tokens=batched_tokens, sequences=max_sequences)
+    limits = Limits(batched_tokens=batched_tokens, sequences=max_sequences, pass_tokens=pass_tokens)
     if replicas is not None:
         return run_routers(routers, replicas, names, spec.name, types, memory_bytes, served, cost, limits, seed)
     plans = [plan_for(name, spec.name, types, memory_bytes, served) for name in names]

@@ -80,6 +80,24 @@ def test_errors_name_setting_value_and_remedy(app: typer.Typer, arguments: list[
         assert word in text
 
 
+def test_a_prefill_pauses_for_a_state_only_where_that_spares_a_pass(app: typer.Typer, tmp_path: Path) -> None:
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "out.json"
+    # The same prompt each time: what is spared is up to the state at its end.
+    asked = {"input_length": 1500, "output_length": 2, "hash_ids": [0, 1, 2]}
+    trace.write_text("".join(json.dumps({"timestamp": 10_000 * i, **asked}) + "\n" for i in range(4)))
+    hits = []
+    for pass_tokens in ("1400", "1600"):
+        code, text = run(
+            app, "--model", "granite-4-small", "--memory", "4GiB", "--trace", str(trace), "--strategy", "jenga",
+            "--rate", "trace", "--pass-tokens", pass_tokens, "--json", str(out),
+        )  # fmt: skip
+        assert code == 0, text
+        hits.append(json.loads(out.read_text())["results"][0]["hit_tokens"])
+    assert hits[0] == 3 * 1488
+    # The second asker leaves a state where full attention says that it was asked before.
+    assert hits[1] == 2 * 1488
+
+
 def test_step_costs_can_be_given(app: typer.Typer, tmp_path: Path) -> None:
     costs = tmp_path / "cost.json"
     arguments = ["--model", "gemma-3-1b", "--memory", "1GiB", "--requests", "20", "--strategy", "jenga"]
