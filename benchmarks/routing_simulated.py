@@ -9,6 +9,9 @@ all requests wait from the start.  Prompts are cut to whole blocks of the trace 
 `--as-is` is given.  Pages have at least 64 tokens: the trace knows prompts by blocks of 512, and smaller pages take
 four times as long to simulate.  All routers see the same requests, prices and seeds; figures are means over `--seeds`.
 
+`kv_full_only@vllm` and `prefix_text@vllm` are the peers as one gets them: those routers before stock vLLM 0.32's memory
+management, with the same bytes.  All others have Jenga's engines behind them, so that they differ in placement alone.
+
 Bounds beside them: *one engine* has the memory, the speed and the limits of all replicas, so nothing has to be placed;
 *never evicting* has as much memory as it takes: what is left is computed again because no state or window was kept.
 """
@@ -37,6 +40,7 @@ from jenga.models import load_model
 from jenga.simulate import ROUTERS, Limits, StepCost, plan_for, simulate_cluster
 from jenga.traces import TraceRequest, read_mooncake, scaled, whole_blocks
 
+PEERS_ENGINES = ("kv_full_only@vllm", "prefix_text@vllm")
 MODELS = ("gemma-3-27b", "qwen3-next-80b", "granite-4-small", "kimi-linear-48b", "llama-3.1-8b")
 CONTROL = "llama-3.1-8b"
 PAGE_TOKENS = 64
@@ -86,6 +90,11 @@ def bounds(
     return found
 
 
+def engine(router: str) -> str:
+    """The strategy of the engines behind a router, which may be named as ROUTER@STRATEGY."""
+    return router.partition("@")[2] or "jenga"
+
+
 def run_case(case: Case) -> dict[str, Any]:
     """Simulate one case; means over the seeds."""
     start = time.perf_counter()
@@ -98,7 +107,8 @@ def run_case(case: Case) -> dict[str, Any]:
     if not case.as_is:
         served = whole_blocks(served)
     memory = int(case.resident * residency_bound(types, sizes(served), 1).mean_bytes)
-    plan = plan_for("jenga", spec.name, types, memory, served)
+    engines = {name: plan_for(name, spec.name, types, memory, served) for name in {"jenga", *map(engine, case.routers)}}
+    plan = engines["jenga"]
     billions, active = PARAMETERS[case.model]
     cost = StepCost(weight_bytes=2e9 * billions / spec.tp, active_parameters=1e9 * active / spec.tp)
     waiting = [replace(r, arrival_s=0.0) for r in served]
@@ -106,8 +116,9 @@ def run_case(case: Case) -> dict[str, Any]:
     served = scaled(served, case.load * capacity)
     results: dict[str, Any] = {}
     for router in case.routers:
+        name, on = router.partition("@")[0], engines[engine(router)]
         runs = [
-            simulate_cluster(plan, types, served, replicas=case.replicas, router=router, seed=seed, cost=cost)
+            simulate_cluster(on, types, served, replicas=case.replicas, router=name, seed=seed, cost=cost)
             for seed in range(case.seeds)
         ]
         data = [r.to_dict() for r in runs]
@@ -147,7 +158,7 @@ def misses(case: dict[str, Any]) -> list[str]:
         slower = jenga["ttft_s"]["p99"] / other["ttft_s"]["p99"]
         if slower > 1:
             found.append(f"TTFT p99 {slower - 1:.1%} longer than with {name}")
-        if name == "kv_full_only" and case["model"] != CONTROL and share > 0.8:
+        if name.startswith("kv_full_only") and case["model"] != CONTROL and share > 0.8:
             found.append(f"recomputes {1 - share:.1%} fewer than {name}, target 20 %")
     return found
 
@@ -211,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--routers", default=",".join(ROUTERS))
+    parser.add_argument("--routers", default=",".join((*ROUTERS, *PEERS_ENGINES)))
     parser.add_argument("--as-is", action="store_true")
     parser.add_argument("--windows", default="0", help="first requests of the parts of the trace to serve")
     parser.add_argument("--requests", type=int, default=2500)
