@@ -94,13 +94,13 @@ class Counters:
     whole_page_grants: int
     """Large pages granted whole to one request (step 1)."""
     evicted_by_cause: tuple[tuple[int, ...], ...] = ()
-    """Cached small pages that lost their contents, by group and cause (`EVICTION_CAUSES`); all but the forgotten ones
-    are `evicted_pages`."""
+    """Cached small pages that lost their contents, by group and cause (`EVICTION_CAUSES`); all but the forgotten and
+    unreachable ones are `evicted_pages`."""
 
 
-EVICTION_CAUSES = ("large_page", "beside_live", "own_oldest", "forgotten")
+EVICTION_CAUSES = ("large_page", "beside_live", "own_oldest", "forgotten", "unreachable")
 """Why a cached page lost its contents: with its whole large page, for another use; alone, beside live pages or as the
-oldest of its group; or because it was told to be forgotten."""
+oldest of its group; or because it was told to be forgotten, in general or since no hit could get to it any more."""
 
 CLOCK_HZ = 1 << 20
 """Steps of the allocator's clock per second, where whoever drives it tells the time (`TwoLevelAllocator.tick`)."""
@@ -115,7 +115,7 @@ SCARCE = 32
 EvictCallback = Callable[[int, int], None]
 # Plain integers: looking up a member of an enumeration costs as much as the rest of an operation's bookkeeping.
 _FREE, _LIVE, _CACHED = int(PageState.FREE), int(PageState.LIVE), int(PageState.CACHED)
-_LARGE_PAGE, _BESIDE_LIVE, _OWN_OLDEST, _FORGOTTEN = range(len(EVICTION_CAUSES))
+_LARGE_PAGE, _BESIDE_LIVE, _OWN_OLDEST, _FORGOTTEN, _UNREACHABLE = range(len(EVICTION_CAUSES))
 UNOWNED = -1
 """In `TwoLevelAllocator.map`: a large page on the free list."""
 RESERVED = -2
@@ -402,8 +402,10 @@ class TwoLevelAllocator:
         g, large = self._require_run(group, pages, _CACHED)
         self._enliven(g, large, pages)
 
-    def forget(self, group: int, page: int) -> None:
+    def forget(self, group: int, page: int, unreachable: bool = False) -> None:
         """A cached page's contents are worthless now: it becomes free.  `on_evict` is not called.
+
+        `unreachable`: because no hit can get to them any more (`jenga.reach`).
 
         Raises:
             PageError: it is not cached.
@@ -412,7 +414,7 @@ class TwoLevelAllocator:
         large = page // g.ratio
         live = self._live[large]
         had_slot = bool(self._slots[large])
-        g.evicted[_FORGOTTEN] += 1
+        g.evicted[_UNREACHABLE if unreachable else _FORGOTTEN] += 1
         self._uncache(g, large, page)
         g.state[page] = _FREE
         self._slots[large].append(page)

@@ -50,6 +50,10 @@ class Reach(Generic[Node]):
         """Pages that stand behind another one."""
         return len(self._before)
 
+    def __contains__(self, node: object) -> bool:
+        """Whether `node` stands behind another one."""
+        return node in self._before
+
     def add(self, node: Node, before: Node | None) -> None:
         """`node` is cached now, behind `before`.  One that is known already is no error."""
         self.add_run((node,), before)
@@ -74,6 +78,25 @@ class Reach(Generic[Node]):
         if node in self._next:
             self._cut.add(node)
             self._pending.append(node)
+
+    def detach(self, node: Node) -> list[Node]:
+        """`node` is cached no more; what stood directly behind it is returned, and stands behind nothing now.
+
+        For those who see at once to what is returned: in place of `remove` and `sweep`.
+        """
+        known = self._before
+        if (before := known.pop(node, None)) is not None:
+            self._forget(before, node)
+        if node not in self._next:
+            return []
+        behind = [self._next.pop(node), *self._more.pop(node, ())]
+        for each in behind:
+            del known[each]
+        return behind
+
+    def before(self, node: Node) -> Node | None:
+        """What `node` stands behind, as far as known."""
+        return self._before.get(node)
 
     def reachable(self, node: Node) -> bool:
         """Whether the page before `node` is cached, or `node` is the first."""

@@ -110,7 +110,7 @@ GROUP_OR_POOL = Label("group", f"a layer group of the model, or {POOL}", limit=M
 
 EVICTION_BUCKETS = tuple(4.0**n for n in range(-2, 7))
 """Seconds, 1/16 to 4,096; powers of four, so that the allocator finds a bucket without a search."""
-CHECKPOINT_CAUSES = ("evicted", "overwritten", "replaced", "reset")
+CHECKPOINT_CAUSES = ("evicted", "overwritten", "replaced", "reset", "unreachable")
 FALLBACKS = ("no tokens", "no index", "index failed", "adapter")
 REPAIRS = ("gap", "replay", "snapshot", "restart")
 OUTCOMES = ("exact", "over", "under")
@@ -275,7 +275,8 @@ METRICS: tuple[Metric, ...] = (
                 "cause",
                 EVICTION_CAUSES,
                 "large_page: with their whole large page; beside_live: for a page beside live ones; own_oldest: the "
-                "oldest of the group's own; forgotten: dropped on request (a reset, a superseded end of an answer)",
+                "oldest of the group's own; forgotten: dropped on request (a reset, a superseded end of an answer); "
+                "unreachable: freed, since a page before them was evicted and no hit could get to them",
             ),
         ),
     ),
@@ -330,7 +331,8 @@ METRICS: tuple[Metric, ...] = (
                 "cause",
                 CHECKPOINT_CAUSES,
                 "evicted: for other pages; overwritten: by their own request, for want of memory; replaced: by a later "
-                "end of the same answer; reset: of the prefix cache",
+                "end of the same answer; reset: of the prefix cache; unreachable: a page of attention before them was "
+                "evicted",
             ),
         ),
     ),

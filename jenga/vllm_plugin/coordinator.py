@@ -27,9 +27,10 @@ from vllm.v1.request import Request
 from jenga.allocator import CLOCK_HZ, PageState, TwoLevelAllocator
 from jenga.hits import GroupCache, Hit, longest_common_hit
 from jenga.metrics.engine import HitTotals
+from jenga.vllm_plugin.chains import Chains
 from jenga.vllm_plugin.checkpoints import Checkpoints, Kept
 from jenga.vllm_plugin.config import JengaKVCacheConfig
-from jenga.vllm_plugin.counters import Refusals, StateIndex
+from jenga.vllm_plugin.counters import PageIndex, Refusals, StateIndex
 from jenga.vllm_plugin.parts import PartIds
 from jenga.vllm_plugin.pool import GroupPool, SharedPool
 from jenga.vllm_plugin.states import StateManager
@@ -42,6 +43,9 @@ FAR = 1 << 40
 
 REMEMBERED = 1 << 15
 """Lengths for which is remembered when they drop something next: a few MiB."""
+
+LOST_AT_ONCE = 64
+"""Pages; when an allocation has evicted more of them, what only they led to is freed before the next one."""
 
 ANSWER_SHARE = 0.5
 """Most of the available large pages that the ends of running answers may take: the rest is for what others share."""
@@ -99,6 +103,9 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
 
     def _evicted(self, group: int, page: int) -> None:
         self.pools[group].evicted(page)
+
+    def sweep(self, most: int = 0) -> None:
+        """Free what no hit can get to any more, if more than `most` pages were evicted since it was done last."""
 
     # -- admission ------------------------------------------------------------------------------------------
 
@@ -168,7 +175,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         if self._needs is not None and self._needs[0] == request_id:
             self.allocator.expect(self._needs[1])
             for manager in self._giving_up:
-                index = cast(StateIndex, manager.block_pool.cached_block_hash_to_block)
+                index = cast(PageIndex, manager.block_pool.cached_block_hash_to_block)
                 index.cause = "overwritten"
                 manager.give_up(request_id)
                 index.cause = "evicted"
@@ -179,6 +186,7 @@ class JengaCoordinator(vllm_coordinator.KVCacheCoordinator):
         finally:
             self.allocator.expect([0] * len(self.pools))
             self._needs = None
+        self.sweep(most=LOST_AT_ONCE)
         if marks is None:
             self._count_hit()
             self.refusals.admitted(request_id)
@@ -346,6 +354,13 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
         self.adopt()
         managers = self.single_type_managers
         self._states = [g for g, m in enumerate(managers) if isinstance(m, StateManager)]
+        dense = [
+            (g, m.block_size)
+            for g, (m, policy) in enumerate(zip(managers, self._policies, strict=True))
+            if policy.token_pages and policy.resident_from(FAR, m.block_size) == 0
+        ]
+        self.chains = Chains(self.pools, dense) if dense else None
+        self._spine = self.chains.spine if self.chains is not None else None
         for group in self._states:
             cast(StateManager, managers[group]).keeps = self._keeps
             self.pools[group].cached_block_hash_to_block = StateIndex()
@@ -359,6 +374,16 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
         self._state_pages = sum(places[g].parts / places[g].ratio for g in self._states)  # large pages of one's states
         options = self.kv_cache_config.checkpoints
         self.checkpoints = Checkpoints(options, self.scheduler_block_size, self.hash_block_size)
+
+    def check(self) -> None:
+        """The same, and that all that is cached can be reached, if nothing was evicted since the last `sweep`.
+
+        Raises:
+            AssertionError: it is not so; the message names group and page.
+        """
+        super().check()
+        if self.chains is not None and not self.chains.lost:
+            self.chains.check()
 
     def find_longest_cache_hit(
         self, block_hashes: list[BlockHash], max_cache_hit_length: int
@@ -430,6 +455,18 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
         if answer:
             self._replace_answer(kept)
 
+    def sweep(self, most: int = 0) -> None:
+        """Free what no hit can get to any more, if more than `most` pages were evicted since it was done last."""
+        if self.chains is not None and len(self.chains.lost) > most:
+            self.chains.sweep()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget everything cached, in all groups or none."""
+        done = super().reset_prefix_cache()
+        if done and self.chains is not None:
+            self.chains.clear()
+        return done
+
     def _ends_answer(self, kept: Kept, tokens: int) -> bool:
         """Whether the states at `tokens` are kept as the end of the answer so far."""
         return (
@@ -448,10 +485,7 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
         self._answers -= bool(kept.states)
         for pool, block, block_hash in kept.states:
             if block.ref_cnt == 0 and block.block_hash == block_hash:
-                index = pool.cached_block_hash_to_block
-                index.cause = "replaced"
-                pool.uncache(block)
-                index.cause = "evicted"
+                pool.uncache(block, "replaced")
         kept.answer = kept.computed
         kept.states = []
         for group in self._states:
@@ -474,7 +508,10 @@ class JengaPrefixCache(JengaCoordinator, vllm_coordinator.HybridKVCacheCoordinat
         self._answers -= kept is not None and bool(kept.states)
         if kept is not None and self.kv_cache_config.checkpoints.answers:
             self._keep_answer(kept, kept.computed - kept.computed % self.scheduler_block_size)
-        return super().pop_blocks_by_group(request_id)
+        rows = super().pop_blocks_by_group(request_id)
+        if self.chains is not None and self._spine is not None:
+            self.chains.ends(rows[self._spine])
+        return rows
 
     def _keep_answer(self, kept: Kept, end: int) -> None:
         """Keep what a hit of `end` tokens, the last full block of a request, needs: the next turn resumes there."""

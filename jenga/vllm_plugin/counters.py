@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockHashToBlockMap
@@ -55,6 +55,18 @@ class PageIndex(BlockHashToBlockMap):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.cause = "evicted"
+        """Why pages that go now are dropped (one of `CHECKPOINT_CAUSES`)."""
+
+    @property
+    def names(self) -> KeysView[BlockHashWithGroupId]:
+        """Names that some page has."""
+        return self._cache.keys()
+
+    def copies(self, key: BlockHashWithGroupId) -> list[KVCacheBlock]:
+        """All pages with this name."""
+        found: Any = self._cache.get(key, ())
+        return [found] if isinstance(found, KVCacheBlock) else list(found.values()) if found else []
 
     def clear(self) -> None:
         """Forget all of them."""
@@ -68,8 +80,6 @@ class StateIndex(PageIndex):
         super().__init__()
         self.made = 0
         self.dropped = dict.fromkeys(CHECKPOINT_CAUSES, 0)
-        self.cause = "evicted"
-        """Why states that go now are dropped."""
 
     def insert(self, key: BlockHashWithGroupId, block: KVCacheBlock) -> None:
         """One more findable state."""

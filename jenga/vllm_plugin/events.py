@@ -216,7 +216,10 @@ def hit_rule(scheduler: Any) -> HitRule | None:
 
 
 def flush(scheduler: Any) -> None:
-    """Publish what has happened since the last step, instead of with the next."""
+    """Free what no hit can get to any more; publish what has happened since the last step, instead of with the next."""
+    coordinator = scheduler.kv_cache_manager.coordinator
+    if hasattr(coordinator, "sweep"):  # Jenga's
+        coordinator.sweep()
     if isinstance(scheduler.kv_event_publisher, StreamPublisher) and (
         events := scheduler.kv_cache_manager.take_events()
     ):

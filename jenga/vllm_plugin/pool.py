@@ -7,17 +7,18 @@ which counts in large pages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, KeysView, Sequence
 from typing import Any
 
 from vllm.distributed.kv_events import MEDIUM_GPU, AllBlocksCleared, BlockStored, KVCacheEvent
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
-from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock, resolve_block_hashes
 from vllm.v1.request import Request
 
-from jenga.allocator import PageState, TwoLevelAllocator
+from jenga.allocator import TwoLevelAllocator
+from jenga.vllm_plugin.chains import Chains
 from jenga.vllm_plugin.counters import PageIndex
 from jenga.vllm_plugin.events import placed
 
@@ -48,6 +49,10 @@ class GroupPool(BlockPool):
         self.hash_block_size = template.hash_block_size
         self.blocks = [KVCacheBlock(i, pool=self) for i in range(self.num_gpu_blocks)]
         self.cached_block_hash_to_block: PageIndex = PageIndex()
+        self.chains: Chains | None = None
+        """To be told of pages that can be found now."""
+        self.lost: list[tuple[int, BlockHashWithGroupId]] | None = None
+        """Pages and the names that they have lost, for `Chains.sweep`."""
         self.cached_block_hashes_by_block = {}
         self.null_block = self.blocks[0]
         self.null_block.is_null = True
@@ -135,15 +140,72 @@ class GroupPool(BlockPool):
         self._maybe_evict_cached_block(self.blocks[page])
 
     def evict_blocks(self, block_ids: set[int]) -> None:
-        """Drop these pages' contents from the prefix cache."""
+        """Drop these pages' contents from the prefix cache; what only they led to goes with the next allocation."""
         for page in block_ids:
             self.uncache(self.blocks[page])
 
-    def uncache(self, block: KVCacheBlock) -> None:
-        """Drop one page's contents from the prefix cache; it comes free unless someone holds it."""
-        self._maybe_evict_cached_block(block)
-        if self.allocator.state(self.group, block.block_id) is PageState.CACHED:
-            self.allocator.forget(self.group, block.block_id)
+    def uncache(self, block: KVCacheBlock, cause: str = "evicted") -> None:
+        """Drop one page's contents from the prefix cache; it comes free unless someone holds it.
+
+        `cause` is one of `CHECKPOINT_CAUSES`.
+        """
+        index = self.cached_block_hash_to_block
+        index.cause = cause
+        found = self._maybe_evict_cached_block(block)
+        index.cause = "evicted"
+        if found and not block.ref_cnt:
+            self.allocator.forget(self.group, block.block_id, unreachable=cause == "unreachable")
+
+    def drop_unreachable(self, name: BlockHashWithGroupId) -> None:
+        """No hit can get to the pages with this name: those that nobody holds come free."""
+        for block in self.cached_block_hash_to_block.copies(name):
+            if not block.ref_cnt:
+                self.uncache(block, "unreachable")
+
+    @property
+    def names(self) -> KeysView[BlockHashWithGroupId]:
+        """Names that some page has."""
+        return self.cached_block_hash_to_block.names
+
+    def _remove_cached_block_hashes(self, block: KVCacheBlock) -> list[BlockHashWithGroupId]:
+        names: list[BlockHashWithGroupId] = super()._remove_cached_block_hashes(block)
+        if self.lost is not None:
+            self.lost += [(block.block_id, name) for name in names]
+        return names
+
+    def cache_full_blocks(
+        self,
+        request: Request,
+        blocks: list[KVCacheBlock],
+        num_cached_blocks: int,
+        num_full_blocks: int,
+        block_size: int,
+        kv_cache_group_id: int,
+        block_mask: list[bool] | None = None,
+    ) -> None:
+        """Make full blocks of a request findable."""
+        super().cache_full_blocks(
+            request, blocks, num_cached_blocks, num_full_blocks, block_size, kv_cache_group_id, block_mask
+        )
+        if self.chains is not None and num_cached_blocks < num_full_blocks:
+            self.chains.stored(request, self.group, blocks, num_cached_blocks, num_full_blocks, block_size)
+
+    def cache_partial_block(
+        self,
+        request: Request,
+        block: KVCacheBlock,
+        num_tokens: int,
+        kv_cache_group_id: int,
+        block_size: int,
+        replace_existing_hashes: bool = False,
+    ) -> BlockHashWithGroupId | None:
+        """Make a block findable by the tokens that it has so far."""
+        name: BlockHashWithGroupId | None = super().cache_partial_block(
+            request, block, num_tokens, kv_cache_group_id, block_size, replace_existing_hashes
+        )
+        if self.chains is not None and name is not None:
+            self.chains.placed(request, self.group, name, num_tokens)
+        return name
 
     def _build_block_stored_event(self, request: Request, *args: Any, **where: Any) -> BlockStored:
         event = super()._build_block_stored_event(request, *args, **where)

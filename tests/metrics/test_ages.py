@@ -31,8 +31,8 @@ def test_evictions_by_cause_and_age() -> None:
     pool.release(0, second, keep=True)
     pool.forget(0, second)
     by_cause = [dict(zip(EVICTION_CAUSES, found, strict=True)) for found in pool.counters().evicted_by_cause]
-    assert by_cause[0] == {"large_page": 0, "beside_live": 2, "own_oldest": 0, "forgotten": 1}
-    assert by_cause[1] == {"large_page": 0, "beside_live": 0, "own_oldest": 1, "forgotten": 0}
+    assert by_cause[0] == {"large_page": 0, "beside_live": 2, "own_oldest": 0, "forgotten": 1, "unreachable": 0}
+    assert by_cause[1] == {"large_page": 0, "beside_live": 0, "own_oldest": 1, "forgotten": 0, "unreachable": 0}
     assert pool.counters().evicted_pages == (2, 1)
     ages = [
         {
@@ -53,7 +53,7 @@ def test_a_large_page_is_one_eviction_of_several_pages() -> None:
         pool.release(0, page, keep=True)
     pool.tick(at(7))
     pool.allocate(1, 1)
-    assert pool.counters().evicted_by_cause == ((3, 0, 0, 0), (0, 0, 0, 0))
+    assert pool.counters().evicted_by_cause == ((3, 0, 0, 0, 0), (0, 0, 0, 0, 0))
     found = eviction_ages(pool)[0]
     assert found.counts[EVICTION_BUCKETS.index(4.0)] == sum(found.counts) == 1, "4 s is still in the bucket up to 4"
     assert sum(found.sums) == 4
