@@ -332,7 +332,9 @@ def test_a_prompt_leaves_what_was_foretold(model: str, prompts: list[tuple[int, 
         keys = [trace.keys(g.page_tokens) for g in groups]
         match = cache.lookup(keys, tokens - 1)
         foretold = cache.leaves(keys, match.hit, tokens)
-        assert all(len(set(left)) == len(left) for left in foretold)
+        for left, own, group in zip(foretold, keys, groups, strict=True):
+            assert len(set(left)) == len(left)
+            assert not set(left) & set(own[: match.hit.tokens // group.page_tokens]), "that is stored already"
         before = cache.snapshot_index()
         cache.admit(serial, keys, match, tokens)
         while (done := cache.computed(serial)) < tokens:
