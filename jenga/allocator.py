@@ -17,8 +17,11 @@ Where a small page comes from, in this order:
    one large page in `SCARCE` is available, requests wait for memory, which counts for more than what is cached: then
    the oldest cached page of a partly live large page that is fuller still;
 3. while at most one large page in `SCARCE` is free, or too few for the group: the oldest cached page of the fullest
-   partly live large page.  No other group can use it, and every group can use a large page.  (Taking large pages first
-   lets cached pages spread over ever more large pages, none of which drains: simulated, a fifth of Jamba's buffer);
+   partly live large page, if it is at least as old as the large page of step 6.  While at most one in `PRESSED` is
+   available, whatever its age: no other group can use it, and every group can use a large page.  (Whatever its age in
+   any case, windows and states are gone long before the full attention that they go with: simulated, Gemma-3
+   recomputed three times as much as vLLM's one list.  By age in any case, cached pages spread over ever more large
+   pages, none of which drains: a fifth of Jamba's buffer);
 4. a free large page;
 5. a free slot of an evictable large page of the same group;
 6. the large page, of any group, that has been evictable longest (balanced eviction: what one layer type keeps beyond
@@ -110,7 +113,10 @@ AGE_BUCKETS = 64
 
 
 SCARCE = 32
-"""When at most one large page in so many is free, cached pages beside live ones are used up first."""
+"""When at most one large page in so many is free, cached pages beside live ones are reused, if they are old enough."""
+
+PRESSED = 8
+"""When at most one large page in so many is available, they are reused first: room counts for more than hits."""
 
 EvictCallback = Callable[[int, int], None]
 # Plain integers: looking up a member of an enumeration costs as much as the rest of an operation's bookkeeping.
@@ -706,7 +712,10 @@ class TwoLevelAllocator:
         spare, free = self._spare(index), len(self._free)
         fullest_mixed = next(iter(g.mixed[g.mixed_mask.bit_length() - 1])) if g.mixed_mask else None
         if fullest_mixed is not None and (min(spare, free) < g.width or free * SCARCE <= self.large_pages):
-            return self._reuse_cached(index, g, fullest_mixed, count)
+            pressed = spare < g.width or self.available * PRESSED <= self.large_pages or not self._evictable
+            old = count if pressed else self._as_old(fullest_mixed, next(iter(self._evictable.values())), count)
+            if old:
+                return self._reuse_cached(index, g, fullest_mixed, old)
         assert spare >= g.width, "allocate has counted the open slots"
         if free >= g.width:
             if g.mixed_mask and (self.available - g.width) * SCARCE <= self.large_pages:
@@ -719,6 +728,15 @@ class TwoLevelAllocator:
             return self._reuse_cached(index, g, oldest, count)
         self._evict_large(oldest)
         return self._take_slots(g, self._carve(index, g), count) if len(self._free) >= g.width else []
+
+    def _as_old(self, large: int, stamp: int, most: int) -> int:
+        """How many cached pages of a large page, `most` at most, are as old as `stamp` or older."""
+        found = 0
+        for each in islice(self._cached[large].values(), most):
+            if each > stamp:
+                break
+            found += 1
+        return found
 
     def _carve(self, index: int, g: _Group) -> int:
         large = self._own(index, g)

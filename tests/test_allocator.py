@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from jenga.allocator import (
+    PRESSED,
     RESERVED,
     SCARCE,
     UNOWNED,
@@ -127,6 +128,17 @@ class Model:
         """Cached pages keep the order in which they were released (insertion order of the dict)."""
         return next(s for s, t in self.pages[g].items() if t != LIVE and s // self.ratios[g] == large)
 
+    def reuses(self, g, large):
+        """Whether step 3 applies, if `large` was chosen: of large pages as full, any may be the one compared."""
+        mixed, free = self.mixed(g), len(self.free_large())
+        if not mixed or (free * SCARCE > self.large_pages and min(free, self.spare(g)) >= self.widths[g]):
+            return False
+        if self.spare(g) < self.widths[g] or self.available() * PRESSED <= self.large_pages or not self.evictable:
+            return True
+        fullest = [n for n, live in mixed.items() if live == max(mixed.values())]
+        old = [n for n in fullest if self.pages[g][self.first_cached(g, n)] <= self.evictable[0][1]]
+        return large in old or len(old) == len(fullest)
+
     def own(self, g, large, parts, step):
         """Take a free large page, and as many companions as the group is wide: their parts must be free as well."""
         here = [part // self.ratios[g] for part in parts]
@@ -168,9 +180,7 @@ class Model:
             self.evict(g, self.first_cached(g, large), events)
         elif any(live.values()):
             assert live.get(large) == max(live.values()), "step 2: not a slot of the fullest"
-        elif mixed and (
-            len(self.free_large()) * SCARCE <= self.large_pages or min(len(self.free_large()), self.spare(g)) < width
-        ):
+        elif self.reuses(g, large):
             assert mixed.get(large) == most, "step 3: not the fullest with something cached"
             self.evict(g, self.first_cached(g, large), events)
         elif len(self.free_large()) >= width:
@@ -200,7 +210,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     pool_class = TwoLevelAllocator
 
     @initialize(
-        large_pages=st.integers(2, 6),
+        large_pages=st.sampled_from([3, 4, 2, 5, 6, 9, 10]),
         ratios=st.lists(st.sampled_from([3, 4, 2, 1]), min_size=1, max_size=3),
         reserved=st.integers(0, 1),
         widths=st.lists(st.sampled_from([1, 1, 2, 3]), min_size=3, max_size=3),
@@ -508,6 +518,16 @@ class SparesWhatIsBesideLivePages(TwoLevelAllocator):
             g.mixed_mask |= kept
 
 
+class ReusesCachedPagesOfAnyAge(TwoLevelAllocator):
+    def _as_old(self, large, stamp, most):
+        return most
+
+
+class ReusesOnlyOlderPages(TwoLevelAllocator):
+    def _as_old(self, large, stamp, most):
+        return super()._as_old(large, stamp - 1, most)
+
+
 class SharesBeforeWholePages(TwoLevelAllocator):
     def allocate(self, group, count):
         return [page for _ in range(count) for page in super(SharesBeforeWholePages, self).allocate(group, 1)]
@@ -623,6 +643,8 @@ MUTANTS = [
     NewestEvictableFirst,
     EmptiestMixedFirst,
     SparesWhatIsBesideLivePages,
+    ReusesCachedPagesOfAnyAge,
+    ReusesOnlyOlderPages,
     SharesBeforeWholePages,
     IgnoresPins,
     IgnoresExpectations,
@@ -758,13 +780,30 @@ def test_step_6_balanced_eviction_takes_the_oldest_large_page_of_any_group(pool,
     assert pool.counters().evicted_large_pages == 1
 
 
-def test_step_3_a_page_beside_live_ones_goes_before_a_whole_large_page(pool, evicted):
+@pytest.mark.parametrize(("large_pages", "gone"), [(8, "mixed"), (7, "whole")])
+def test_step_3_where_large_pages_are_few_a_page_beside_live_ones_goes_before_a_whole_one(large_pages, gone):
+    evicted = []
+    pool = TwoLevelAllocator(large_pages, [4, 2], on_evict=lambda g, page: evicted.append((g, page)))
     mixed, whole = pool.allocate(0, 4), pool.allocate(0, 4)
-    pool.allocate(1, 6)
+    pool.allocate(1, 2 * (large_pages - 3))
     cache(pool, 0, whole)  # older, but every group can use its large page
     cache(pool, 0, mixed[:1])
-    assert pool.allocate(0, 1) == mixed[:1]
-    assert evicted == [(0, mixed[0])]
+    assert pool.available == 1
+    expected = mixed[0] if gone == "mixed" else whole[0]
+    assert pool.allocate(0, 1) == [expected]
+    assert evicted == [(0, expected)]
+
+
+def test_step_3_a_page_beside_live_ones_goes_if_it_is_older_than_any_large_page():
+    evicted = []
+    pool = TwoLevelAllocator(5, [4, 1], on_evict=lambda g, page: evicted.append((g, page)))
+    mixed, whole = pool.allocate(0, 4), pool.allocate(1, 2)
+    pool.allocate(1, 1)
+    cache(pool, 0, mixed[:2])
+    cache(pool, 1, whole)
+    cache(pool, 0, mixed[2:3])
+    assert pool.allocate(0, 3)[:2] == mixed[:2]
+    assert evicted == [(0, mixed[0]), (0, mixed[1]), (1, whole[0])], "the third is younger: a large page goes"
 
 
 def test_step_3_the_fullest_large_page_gives_up_cached_pages_first(pool, evicted):
