@@ -198,7 +198,7 @@ def _replicas_form(value: Any) -> str:
 
 
 Replicas = Annotated[
-    Annotated[PositiveInt, Tag("count")]
+    Annotated[int, Field(gt=0, strict=True), Tag("count")]
     | Annotated[KvMemory, Tag("kv-memory")]
     | Annotated[OngoingRequests, Tag("requests")],
     Discriminator(_replicas_form),
@@ -386,17 +386,18 @@ class Application(Section):
     @classmethod
     def _number_beside_the_arguments(cls, data: Any) -> Any:
         """`deployments` with the number of engines, where Ray's own programs want it, is `args.replicas`."""
-        told = data.get("deployments") if isinstance(data, Mapping) else None
-        args = data.get("args") if isinstance(data, Mapping) else None
-        if told is None or not isinstance(args, Mapping):
+        if not isinstance(data, Mapping) or "deployments" not in data:
             return data
-        model = args.get("model")
-        name = engine_deployment(str(model.get("id") if isinstance(model, Mapping) else None))
+        rest = {key: value for key, value in data.items() if key != "deployments"}
+        told, args = data["deployments"], data.get("args")
+        model = args.get("model") if isinstance(args, Mapping) else None
+        if not told or not isinstance(args, Mapping) or not isinstance(model, Mapping) or "id" not in model:
+            return rest  # what is missing is told of otherwise
+        name = engine_deployment(str(model["id"]))
         if "replicas" in args:
             raise PydanticCustomError("two_numbers", "give `args.replicas` or `deployments`, not both")
         match told:
-            case [{"name": given, "num_replicas": int(number), **others}] if given == name and not others:
-                rest = {key: value for key, value in data.items() if key != "deployments"}
+            case [{"name": given, "num_replicas": number, **others}] if given == name and not others:
                 return rest | {"args": {**args, "replicas": number}}
         raise PydanticCustomError(
             "other_deployments",

@@ -56,7 +56,8 @@ class Limits:
     """Pages, per running request and group, that an admission must leave for running requests to grow into.  None in
     vLLM, whose blocks of hundreds of tokens on hybrid models come with such a reserve by accident."""
     pass_tokens: int = PASS_TOKENS
-    """What one more forward pass costs, in tokens: computing pauses for a state only where that spares more."""
+    """What one more forward pass costs, in tokens: computing pauses for a state only where that spares more.  Other
+    engines than Jenga's know no such setting, and are left at the default."""
 
 
 class _Request:
@@ -111,7 +112,7 @@ class Simulation:
             plan.pool,
             plan.counts,
             free_unreachable=plan.free_unreachable,
-            pass_tokens=self._limits.pass_tokens,
+            pass_tokens=self._limits.pass_tokens if plan.weighs_passes else PASS_TOKENS,
         )
         self._all_pages = self.cache.pool.available
 

@@ -64,6 +64,8 @@ class Plan:
     explanation: str
     free_unreachable: bool = False
     """Whether cached pages that no hit can get to are freed at once (`jenga.reach`)."""
+    weighs_passes: bool = False
+    """Whether a pause for a state's sake is weighed against what a forward pass costs (`Limits.pass_tokens`)."""
     refresh_waiting: bool = False
     """Whether what a request will find counts as used when it arrives, so that it is still there at its turn."""
 

@@ -41,6 +41,7 @@ def plan(model: str, types: Sequence[LayerType], memory_bytes: int, workload: Wo
         explanation=_explain(whole, grouping),
         # Pages of one group alone are as old as what stands behind them, or older: nothing is cut off.
         free_unreachable=len(merged) > 1,
+        weighs_passes=True,
         refresh_waiting=True,
     )
 

@@ -11,7 +11,6 @@ when it is cached, by its name.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -61,12 +60,10 @@ class Chains:
     def ends(self, row: Sequence[KVCacheBlock]) -> None:
         """A request that holds these pages of the `spine` is about to release them."""
         self.sweep()  # what is noted of a page must be of its present contents
-        pages = self._pages
+        # Any of them may be noted already, and others before them not: a hit takes whichever copy it finds.
         chain = [block.block_id for block in row if block.block_hash]
-        # What is noted of it is its beginning.
-        start = bisect_left(chain, True, lo=min(1, len(chain)), key=lambda page: page not in pages)
-        if start < len(chain):
-            pages.add_run(chain[start:], chain[start - 1])
+        if chain:
+            self._pages.add_run(chain[1:], chain[0])
 
     def stored(
         self, request: Request, group: int, blocks: Sequence[KVCacheBlock], first: int, stop: int, page_tokens: int

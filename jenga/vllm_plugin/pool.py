@@ -140,7 +140,7 @@ class GroupPool(BlockPool):
         self._maybe_evict_cached_block(self.blocks[page])
 
     def evict_blocks(self, block_ids: set[int]) -> None:
-        """Drop these pages' contents from the prefix cache; what only they led to goes with the next allocation."""
+        """Drop these pages' contents from the prefix cache; what only they led to goes with the next sweep."""
         for page in block_ids:
             self.uncache(self.blocks[page])
 

@@ -50,6 +50,9 @@ def test_a_number_of_replicas_is_not_among_the_arguments_for_which_all_are_repla
     assert scaled["applications"][0]["args"]["replicas"]["max"] == 3
     assert "deployments" not in scaled["applications"][0]
 
+    for nothing in (None, []):
+        assert load(write(tmp_path, put(plain, "applications.0.deployments", nothing))).to_ray()["applications"]
+
     # The same file with Ray's own key, for Ray's own programs.
     beside = put(plain, "applications.0.deployments", [{"name": "Engine:org--model-1_5", "num_replicas": 3}])
     del beside["applications"][0]["args"]["replicas"]
@@ -59,6 +62,8 @@ def test_a_number_of_replicas_is_not_among_the_arguments_for_which_all_are_repla
         ("deployments", [{"name": "Engine:m", "num_replicas": 3}], 'only be.*name: "Engine:org--model-1_5"'),
         ("deployments", [{"name": "Engine:org--model-1_5", "max_ongoing_requests": 3}], "set in `args`"),
         ("deployments", "3", "set in `args`"),
+        ("deployments", [{"name": "Engine:org--model-1_5", "num_replicas": True}], "args.replicas: .*not True"),
+        ("args.model", {"path": "/m"}, "args.model.id: is missing"),
     ]
     for where, value, said in wrong:
         with pytest.raises(ConfigError, match=said):

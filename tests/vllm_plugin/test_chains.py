@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import (
     get_block_hash,
     get_group_id,
@@ -19,7 +20,7 @@ from vllm.v1.request import Request
 
 from jenga.allocator import EVICTION_CAUSES, PageState
 from jenga.vllm_plugin.pool import GroupPool
-from tests.vllm_plugin.test_steady_steps import MODELS, PAGE, Twins, full, installed, state, window
+from tests.vllm_plugin.test_steady_steps import LONGEST, MODELS, PAGE, Running, Twins, full, installed, state, window
 
 __all__ = ["installed"]  # a fixture, used by being known here
 
@@ -170,9 +171,57 @@ def test_what_is_cached_can_be_reached(name: str, monkeypatch: pytest.MonkeyPatc
     assert hits > 0
 
 
+class Bursts(Watched):
+    """Several equal prompts at once, computed side by side: many pages are copies, and rows of pages mix them."""
+
+    def arrive(self) -> None:
+        family, tail = self.random.choice(self.families), self.tokens(self.random.randint(1, 30))
+        for _ in range(self.random.randint(1, 4)):
+            self.count += 1
+            prompt = family[: self.random.choice((48, 48, 40, 24))] + tail[: self.random.choice((1, 9, 30))]
+            first, second = (
+                Request(str(self.count), prompt, SamplingParams(max_tokens=LONGEST), None, block_hasher=self.hasher)
+                for _ in self.managers
+            )
+            self.waiting.append(Running((first, second), len(prompt) + self.random.randint(1, 25)))
+
+    def step(self) -> None:
+        for m in self.managers:
+            m.new_step_starts()
+        for entry in list(self.running):
+            while entry in self.running and self.wanted(entry) and not self.schedule(entry, first=False):
+                self.preempt(self.running[-1])
+        while self.waiting and len(self.running) < 5 and self.schedule(self.waiting[0], first=True):
+            self.running.append(self.waiting.pop(0))
+        for entry in list(self.running) if self.random.random() < 0.8 else []:
+            self.take(entry)
+
+    def free(self, entry: Running) -> None:
+        self.learn()
+        super().free(entry)
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "by_name"),
+    [("states", 11, False), ("states", 10, True), ("windows", 12, True), ("parts", 42, False)],
+)
+def test_where_many_pages_are_copies(name: str, seed: int, by_name: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bursts = Bursts(name, monkeypatch, seed)
+    bursts.managers[1].coordinator._steady = True
+    for _ in range(15):
+        bursts.play(steps=15)
+        if by_name:
+            bursts.evict_some()
+            bursts.compare()
+    assert bursts.dropped > 0
+    assert not bursts.dropped_held
+
+
 def test_states_tell_why_they_went(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched("states", monkeypatch, seed=0)
-    watched.play(steps=400)
+    for _ in range(20):
+        watched.play(steps=20)
+        watched.evict_some()
     for group, spec in enumerate(MODELS["states"]):
         causes = watched.coordinator.allocator.counters().evicted_by_cause[group]
         if isinstance(spec, MambaSpec):
