@@ -347,7 +347,7 @@ no cache of this memory can have more, whatever it knows (running requests take 
 All strategies keep what Jenga keeps (windows and states at the ends of prompts and of shared prefixes), so `vllm`
 stands better here than the engine of that name, whose checkpoints and windows are others. `jenga` alone frees what no
 hit can reach (`jenga.reach`); such pages beside live ones count as stranded, where the others count them as cached.
-A pause for a state's sake is taken to cost 256 tokens (the plugin's default on a GPU is 2,048: fewer states are kept there).
+A pause for a state's sake is taken to cost 256 tokens (the plugin's default on a GPU is 2,048: it keeps fewer states).
 
 States are in float32; vLLM keeps Mamba-2's and GDN's in the model's type unless told otherwise (`jenga simulate
 --state-dtype bfloat16`): on short chat Jenga then holds 1.50 times as many requests as vLLM's plan on Falcon-H1-34B,
