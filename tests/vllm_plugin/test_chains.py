@@ -185,16 +185,9 @@ class Bursts(Watched):
             )
             self.waiting.append(Running((first, second), len(prompt) + self.random.randint(1, 25)))
 
-    def step(self) -> None:
-        for m in self.managers:
-            m.new_step_starts()
-        for entry in list(self.running):
-            while entry in self.running and self.wanted(entry) and not self.schedule(entry, first=False):
-                self.preempt(self.running[-1])
+    def admit(self) -> None:
         while self.waiting and len(self.running) < 5 and self.schedule(self.waiting[0], first=True):
             self.running.append(self.waiting.pop(0))
-        for entry in list(self.running) if self.random.random() < 0.8 else []:
-            self.take(entry)
 
     def free(self, entry: Running) -> None:
         self.learn()

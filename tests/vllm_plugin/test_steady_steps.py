@@ -208,14 +208,17 @@ class Twins:
             for table, new in zip(self.told[request.request_id], granted.get_block_ids() or (), strict=True):
                 table.extend(new)
 
+    def admit(self) -> None:
+        if self.waiting and len(self.running) < 6 and self.schedule(self.waiting[0], first=True):
+            self.running.append(self.waiting.pop(0))
+
     def step(self) -> None:
         for m in self.managers:
             m.new_step_starts()
         for entry in list(self.running):
             while entry in self.running and self.wanted(entry) and not self.schedule(entry, first=False):
                 self.preempt(self.running[-1])
-        if self.waiting and len(self.running) < 6 and self.schedule(self.waiting[0], first=True):
-            self.running.append(self.waiting.pop(0))
+        self.admit()
         land = self.random.random() < 0.8  # otherwise the step stays in flight
         for entry in list(self.running) if land else []:
             self.take(entry)
